@@ -1,0 +1,216 @@
+"""Grids: a lattice of voxels placed in the world.
+
+A grid is a shape and an affine, ``x_mm = affine[:d, :d] @ i_vox + affine[:d, d]``. World coordinates are NIfTI's RAS millimetres.
+Everything in probmed that has voxels has a grid, and everything that moves points moves them in the world.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_AXIS_NAMES = (("L", "R"), ("P", "A"), ("I", "S"))
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A lattice of voxel centres, two- or three-dimensional.
+
+    Arguments:
+        shape: number of voxels on each axis, ``d`` integers, d = 2 or 3.
+        affine: voxel index to world millimetres, ``(d+1, d+1)``; held in float64 on the CPU.
+
+    Raises:
+        ValueError: where the shape and the affine do not match, or the affine is singular or not finite.
+    """
+
+    shape: tuple[int, ...]
+    affine: Tensor
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(n) for n in self.shape)
+        affine = torch.as_tensor(self.affine, dtype=torch.float64, device="cpu")
+        d = len(shape)
+        if d not in (2, 3) or min(shape) < 1:
+            raise ValueError(f"a grid has 2 or 3 axes of at least one voxel, got shape {shape}")
+        if affine.shape != (d + 1, d + 1):
+            raise ValueError(f"a grid of shape {shape} needs an affine of shape {(d + 1, d + 1)}, got {tuple(affine.shape)}")
+        if not torch.isfinite(affine).all() or torch.linalg.det(affine[:d, :d]).abs() < 1e-12:
+            raise ValueError(f"the affine of a grid must be finite and invertible, got {affine.tolist()}")
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "affine", affine)
+
+    @classmethod
+    def from_spacing(cls, shape: Sequence[int], spacing: Sequence[float] | float = 1.0) -> Grid:
+        """An axis-aligned grid centred on the world's origin, ``spacing`` in mm."""
+        d = len(shape)
+        steps = torch.as_tensor(spacing, dtype=torch.float64).expand(d)
+        affine = torch.eye(d + 1, dtype=torch.float64)
+        affine[:d, :d] = torch.diag(steps)
+        affine[:d, d] = -steps * (torch.as_tensor(shape, dtype=torch.float64) - 1) / 2
+        return cls(tuple(shape), affine)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def spacing(self) -> tuple[float, ...]:
+        """Distance between neighbouring voxel centres along each axis, mm."""
+        d = self.ndim
+        return tuple(self.affine[:d, :d].norm(dim=0).tolist())
+
+    @cached_property
+    def voxel_volume(self) -> float:
+        """mm³ (mm² in 2D)."""
+        return abs(torch.linalg.det(self.affine[: self.ndim, : self.ndim]).item())
+
+    @cached_property
+    def inverse_affine(self) -> Tensor:
+        return torch.linalg.inv(self.affine)
+
+    @property
+    def axes_codes(self) -> str:
+        """Direction of each voxel axis, nearest anatomical name, for example ``"RAS"``."""
+        d = self.ndim
+        directions = self.affine[:d, :d] / self.affine[:d, :d].norm(dim=0)
+        remaining, codes = set(range(d)), ["?"] * d
+        for flat in directions.abs().flatten().argsort(descending=True).tolist():
+            row, column = divmod(flat, d)
+            if row in remaining and codes[column] == "?":
+                codes[column] = _AXIS_NAMES[row][int(directions[row, column] > 0)]
+                remaining.remove(row)
+        return "".join(codes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Grid) and self.shape == other.shape and torch.allclose(self.affine, other.affine, atol=1e-6)
+
+    def __hash__(self) -> int:
+        return hash(self.shape)
+
+    def voxel_to_world(self, points: Tensor) -> Tensor:
+        """Voxel indices ``(..., d)`` to world millimetres."""
+        return _apply(self.affine, points)
+
+    def world_to_voxel(self, points: Tensor) -> Tensor:
+        """World millimetres ``(..., d)`` to (fractional) voxel indices."""
+        return _apply(self.inverse_affine, points)
+
+    def coordinates(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+        """World millimetres of every voxel centre, ``(*shape, d)``."""
+        # Broadcasting one axis at a time is several times faster than a meshgrid followed by a matrix product.
+        matrix = self.affine.to(device=device, dtype=dtype)
+        total = matrix[:-1, -1]
+        for axis, size in enumerate(self.shape):
+            steps = torch.arange(size, dtype=dtype, device=device)
+            steps = steps.reshape([-1 if a == axis else 1 for a in range(self.ndim)] + [1])
+            total = total + steps * matrix[:-1, axis]
+        return total.expand(*self.shape, self.ndim)
+
+    def voxel_coordinates(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+        """Indices of every voxel, ``(*shape, d)``."""
+        axes = [torch.arange(n, dtype=dtype, device=device) for n in self.shape]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+
+    def subsampled(self, steps: Sequence[int]) -> Grid:
+        """The grid of every ``steps[a]``-th voxel on axis a, starting at the first."""
+        d = self.ndim
+        scale = torch.diag(torch.tensor([float(s) for s in steps] + [1.0], dtype=torch.float64))
+        if len(steps) != d or min(steps) < 1:
+            raise ValueError(f"expected {d} positive steps, got {tuple(steps)}")
+        return Grid(tuple(-(-n // s) for n, s in zip(self.shape, steps, strict=True)), self.affine @ scale)
+
+    def at_spacing(self, spacing_mm: float | Sequence[float]) -> Grid:
+        """A grid over the same field of view, with the spacing nearest to ``spacing_mm`` that fits whole voxels."""
+        d = self.ndim
+        wanted = torch.as_tensor(spacing_mm, dtype=torch.float64).expand(d).tolist()
+        shape = tuple(max(1, round(n * s / w)) for n, s, w in zip(self.shape, self.spacing, wanted, strict=True))
+        ratio = torch.tensor([n / m for n, m in zip(self.shape, shape, strict=True)], dtype=torch.float64)
+        affine = self.affine.clone()
+        affine[:d, :d] = self.affine[:d, :d] * ratio
+        # Outer faces of the field of view stay where they are, so the first centre moves by half the difference.
+        affine[:d, d] = self.affine[:d, d] + self.affine[:d, :d] @ ((ratio - 1) / 2)
+        return Grid(shape, affine)
+
+    def cropped(self, start: Sequence[int], stop: Sequence[int]) -> Grid:
+        """The sub-grid of voxels ``start[a] <= i < stop[a]``."""
+        d = self.ndim
+        affine = self.affine.clone()
+        affine[:d, d] = self.affine[:d, :d] @ torch.as_tensor(start, dtype=torch.float64) + self.affine[:d, d]
+        return Grid(tuple(b - a for a, b in zip(start, stop, strict=True)), affine)
+
+    def padded(self, margin: int | Sequence[int]) -> Grid:
+        """The grid with ``margin`` more voxels on both sides of each axis."""
+        sides = [margin] * self.ndim if isinstance(margin, int) else list(margin)
+        return self.cropped([-m for m in sides], [n + m for n, m in zip(self.shape, sides, strict=True)])
+
+    def transformed(self, matrix: Tensor) -> Grid:
+        """The same voxels after the world has been moved by ``matrix`` (d+1, d+1)."""
+        return Grid(self.shape, matrix.to(torch.float64) @ self.affine)
+
+
+def _apply(matrix: Tensor, points: Tensor) -> Tensor:
+    d = points.shape[-1]
+    if matrix.shape[-1] != d + 1:
+        raise ValueError(f"expected points of {matrix.shape[-1] - 1} coordinates, got {d}")
+    matrix = matrix.to(points)
+    return points @ matrix[:d, :d].T + matrix[:d, d]
+
+
+def sample(image: Tensor, grid: Grid, points: Tensor, mode: str = "linear", fill: float | str = 0.0) -> Tensor:
+    """Values of an image at points in the world.
+
+    Arguments:
+        image: ``(C, *shape)`` or ``(B, C, *shape)`` on ``grid``.
+        points: world millimetres, ``(*size, d)``; with a batched image also ``(B, *size, d)``.
+        mode: ``"linear"`` or ``"nearest"``.
+        fill: value outside the field of view (beyond half a voxel from the outermost centres), or ``"edge"`` for the nearest voxel's.
+
+    Returns:
+        ``(C, *size)`` or ``(B, C, *size)``.
+    """
+    d = grid.ndim
+    if image.ndim not in (d + 1, d + 2) or tuple(image.shape[-d:]) != grid.shape:
+        raise ValueError(f"expected an image of shape (C, *{grid.shape}) or (B, C, *{grid.shape}), got {tuple(image.shape)}")
+    if points.shape[-1] != d:
+        raise ValueError(f"expected points with {d} coordinates, got {points.shape[-1]}")
+    if mode not in ("linear", "nearest"):
+        raise ValueError(f'mode must be "linear" or "nearest", got {mode!r}')
+    batched = image.ndim == d + 2
+    stack = image if batched else image[None]
+    batch = stack.shape[0]
+    per_image = batched and points.ndim > 2 and points.shape[0] == batch and batch > 1
+    size = tuple(points.shape[1:-1] if per_image else points.shape[:-1])
+
+    # One matrix takes world millimetres to grid_sample's [-1, 1]; the half-voxel convention also works where an axis has one voxel.
+    shape = torch.tensor(grid.shape, dtype=torch.float64)
+    normalise = torch.diag(torch.cat([2 / shape, torch.ones(1, dtype=torch.float64)]))
+    normalise[:d, d] = 1 / shape - 1
+    matrix = (normalise @ grid.inverse_affine).to(device=points.device, dtype=points.dtype)
+    unit = points @ matrix[:d, :d].T + matrix[:d, d]
+    flat = unit.reshape(batch if per_image else 1, *([1] * (d - 1)), -1, d).flip(-1)
+    if not per_image:
+        flat = flat.expand(batch, *flat.shape[1:])
+    out = functional.grid_sample(
+        stack, flat.to(stack.dtype), mode="bilinear" if mode == "linear" else "nearest", padding_mode="border", align_corners=False
+    ).reshape(batch, stack.shape[1], *size)
+    if fill != "edge":
+        outside = (unit.detach().abs() > 1 + 1e-6).any(-1)
+        outside = outside[:, None] if per_image else outside[None, None]
+        out = out.masked_fill(outside, float(fill))
+    return out if batched else out[0]
+
+
+def resample(image: Tensor, source: Grid, target: Grid, mode: str = "linear", fill: float | str = 0.0) -> Tensor:
+    """An image ``(*batch, C, *source.shape)`` on the voxels of ``target``, both placed in the same world."""
+    return sample(image, source, target.coordinates(image.dtype if image.is_floating_point() else torch.float32, image.device), mode, fill)
