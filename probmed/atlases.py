@@ -1,0 +1,426 @@
+"""Label atlases: where each tissue class is likely to be, in a common space.
+
+An atlas is a map of class probabilities, π_k(x) with Σ_k π_k(x) = 1 at every voxel of a grid. `default_atlas` completes the MNI152
+grey- and white-matter maps that come with nilearn to six classes that cover a whole head; `docs/atlas.md` gives the recipe.
+
+References:
+    V. Fonov et al., Unbiased average age-appropriate atlases for pediatric studies, NeuroImage 54, 2011 (the MNI152 2009a maps).
+    J. Ashburner and K. Friston, Unified segmentation, NeuroImage 26, 2005 (six-class tissue priors, floored before their logarithm).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from scipy import ndimage
+from torch import Tensor
+
+from probmed.grids import Grid, resample
+
+BACKGROUNDS = ("air", "background")
+"""Class names that take label index 0."""
+
+_COLOURS = {
+    "GM": "#7f8c8d", "WM": "#f5f0e1", "CSF": "#3d85c6", "bone": "#e0c068", "soft": "#c8826e", "air": "#000000", "background": "#000000",
+}  # fmt: skip
+_SPARE_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#008080", "#9a6324")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelAtlas:
+    """Class probabilities π_k(x) on a grid.
+
+    Arguments:
+        names: one per class, in the order of ``probabilities``.
+        probabilities: ``(K, *shape)`` float32, in [0, 1], summing to 1 over K.
+        grid: where the voxels are, millimetres.
+        template: ``(*shape)`` a scan in the atlas space (intensities in [0, 1]), or None.
+        brain: the names of the classes that make up the brain.
+        indices: the integer that stands for each class in a label map; by default 0 for a class named "air" or "background" and 1, 2, …
+            for the others in order.
+        colours: ``#rrggbb`` for each class.
+
+    Raises:
+        ValueError: where names, shapes, indices or brain classes do not agree, or probabilities are negative or do not sum to 1.
+    """
+
+    names: tuple[str, ...]
+    probabilities: Tensor
+    grid: Grid
+    template: Tensor | None = None
+    brain: tuple[str, ...] = ("GM", "WM", "CSF")
+    indices: tuple[int, ...] = ()
+    colours: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        names, shape = tuple(self.names), tuple(self.probabilities.shape)
+        if len(set(names)) != len(names) or len(names) < 2:
+            raise ValueError(f"an atlas needs at least two classes with different names, got {names}")
+        if shape != (len(names), *self.grid.shape):
+            raise ValueError(f"expected probabilities of shape {(len(names), *self.grid.shape)}, got {shape}")
+        if self.template is not None and tuple(self.template.shape) != self.grid.shape:
+            raise ValueError(f"expected a template of shape {self.grid.shape}, got {tuple(self.template.shape)}")
+        unknown = sorted(set(self.brain) - set(names))
+        if unknown:
+            raise ValueError(f"brain classes {unknown} are not among the classes {names}")
+        if not (self.probabilities >= 0).all() or (self.probabilities.sum(0) - 1).abs().max() > 1e-3:
+            raise ValueError("the probabilities of an atlas must be non-negative and sum to 1 at every voxel")
+        indices = tuple(int(i) for i in self.indices) or default_indices(names)
+        if len(indices) != len(names) or len(set(indices)) != len(names) or min(indices) < 0:
+            raise ValueError(f"expected {len(names)} different label indices, none negative, got {indices}")
+        colours = tuple(self.colours) or default_colours(names)
+        if len(colours) != len(names):
+            raise ValueError(f"expected {len(names)} colours, got {len(colours)}")
+        for name, value in (("names", names), ("brain", tuple(self.brain)), ("indices", indices), ("colours", colours)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def log_probabilities(self) -> Tensor:
+        """log π, ``(K, *shape)``, floored at log 1e-6 so that it stays finite where an atlas has zeros."""
+        return self.probabilities.clamp_min(1e-6).log()
+
+    @property
+    def brain_probability(self) -> Tensor:
+        """Probability of being brain (any of the classes in ``brain``), ``(*shape)``."""
+        return self.probabilities[[self.names.index(n) for n in self.brain]].sum(0)
+
+    @property
+    def brain_mask(self) -> Tensor:
+        """Where brain is likelier than not, ``(*shape)`` bool."""
+        return self.brain_probability > 0.5
+
+    @property
+    def head_probability(self) -> Tensor:
+        """Probability of not being air or background, ``(*shape)``; 1 everywhere for an atlas with neither."""
+        outside = [k for k, n in enumerate(self.names) if n in BACKGROUNDS]
+        return 1 - self.probabilities[outside].sum(0)
+
+    def merged(self, groups: dict[str, Sequence[str]]) -> LabelAtlas:
+        """An atlas whose classes are sums of this one's: new name → names to add up.
+
+        Raises:
+            ValueError: where the groups do not use each class exactly once.
+        """
+        used = [name for members in groups.values() for name in members]
+        if sorted(used) != sorted(self.names):
+            raise ValueError(f"expected groups that use each of {self.names} once, got {used}")
+        members = [[self.names.index(n) for n in names] for names in groups.values()]
+        names = tuple(groups)
+        brain = tuple(n for n, old in groups.items() if set(old) <= set(self.brain))
+        indices = tuple(0 if n in BACKGROUNDS else min(self.indices[k] for k in ks) for n, ks in zip(names, members, strict=True))
+        colours = tuple(
+            _COLOURS[n] if n in BACKGROUNDS else self.colours[ks[0]] for n, ks in zip(names, members, strict=True)
+        )
+        probabilities = torch.stack([self.probabilities[ks].sum(0) for ks in members])
+        return LabelAtlas(names, probabilities, self.grid, self.template, brain, indices, colours)
+
+    def stripped(self) -> LabelAtlas:
+        """The atlas of a skull-stripped scan: every class outside ``brain`` merged into one, "background", which comes last."""
+        outside = [n for n in self.names if n not in self.brain]
+        if outside == ["background"]:
+            return self
+        if not outside:
+            raise ValueError(f"all classes are brain ({self.names}): nothing to merge into a background")
+        return self.merged({**{n: (n,) for n in self.names if n in self.brain}, "background": outside})
+
+    def resampled(self, spacing_mm: float | Sequence[float]) -> LabelAtlas:
+        """The same field of view at another spacing: averages over the new voxels where they are larger, linear where they are smaller."""
+        grid = self.grid.at_spacing(spacing_mm)
+        if grid.shape == self.grid.shape:
+            return self
+        probabilities = average_onto(self.probabilities, self.grid, grid)
+        template = None if self.template is None else average_onto(self.template[None], self.grid, grid)[0]
+        return replace(self, probabilities=probabilities / probabilities.sum(0), grid=grid, template=template)
+
+    def on(self, grid: Grid) -> LabelAtlas:
+        """The atlas on the voxels of another grid in the same space (linear; the nearest voxel's values outside the field of view)."""
+        probabilities = resample(self.probabilities, self.grid, grid, fill="edge")
+        template = None if self.template is None else resample(self.template[None], self.grid, grid, fill=0.0)[0]
+        return replace(self, probabilities=probabilities / probabilities.sum(0), grid=grid, template=template)
+
+    def to(self, device: torch.device | str) -> LabelAtlas:
+        """The same atlas with its tensors on ``device``."""
+        template = None if self.template is None else self.template.to(device)
+        return replace(self, probabilities=self.probabilities.to(device), template=template)
+
+
+def default_indices(names: Sequence[str]) -> tuple[int, ...]:
+    """0 for the class named "air" or "background" (the first, where there are both), 1, 2, … for the others in order."""
+    zero = next((n for n in names if n in BACKGROUNDS), None)
+    count = iter(range(1, len(names) + 1))
+    return tuple(0 if n == zero else next(count) for n in names)
+
+
+def default_colours(names: Sequence[str]) -> tuple[str, ...]:
+    """A colour for each class, ``#rrggbb``."""
+    return tuple(_COLOURS.get(n, _SPARE_COLOURS[k % len(_SPARE_COLOURS)]) for k, n in enumerate(names))
+
+
+def average_onto(image: Tensor, source: Grid, target: Grid) -> Tensor:
+    """Mean of an image over each voxel of a grid that has the same field of view (see `Grid.at_spacing`).
+
+    Arguments:
+        image: ``(..., *source.shape)``.
+
+    Returns:
+        ``(..., *target.shape)``. Along an axis that gets finer, linear interpolation instead.
+    """
+    out, d = image, source.ndim
+    for axis, (n, m) in enumerate(zip(source.shape, target.shape, strict=True)):
+        if n == m:
+            continue
+        weights = (_overlaps if m < n else _interpolates)(n, m).to(image)
+        out = torch.tensordot(out, weights, dims=([out.ndim - d + axis], [1])).movedim(-1, out.ndim - d + axis)
+    return out.contiguous()
+
+
+def _overlaps(n: int, m: int) -> Tensor:
+    """``(m, n)`` share of each of m equal intervals of [0, 1] that each of n has."""
+    fine, coarse = torch.arange(n + 1, dtype=torch.float64) / n, torch.arange(m + 1, dtype=torch.float64) / m
+    upper = torch.minimum(coarse[1:, None], fine[None, 1:])
+    lower = torch.maximum(coarse[:-1, None], fine[None, :-1])
+    return (upper - lower).clamp_min(0) * m
+
+
+def _interpolates(n: int, m: int) -> Tensor:
+    """``(m, n)`` weights of linear interpolation from n interval centres to m, constant beyond the outermost."""
+    position = ((torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5).clamp(0, n - 1)
+    return (1 - (position[:, None] - torch.arange(n, dtype=torch.float64)).abs()).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class AtlasRecipe:
+    """How `default_atlas` completes the MNI152 maps to a whole head; every length in mm. `docs/atlas.md` explains each step.
+
+    Distances are from the surface of the brain, outwards. A class boundary at distance b with width w is a logistic function,
+    1 / (1 + exp((distance − b) / w)).
+    """
+
+    version: int = 1
+    spacing_mm: float = 1.5
+    smoothing_fwhm_mm: float = 2.0
+    cistern_radius_mm: float = 9.0
+    """Gaps of the brain's surface narrower than twice this (fissures, basal cisterns) count as inside the skull."""
+    csf_mm: tuple[float, float] = (2.5, 1.0)
+    """Where CSF and meninges end and bone begins: boundary, width."""
+    skull_mm: tuple[float, float] = (9.0, 1.5)
+    scalp_mm: tuple[float, float] = (15.5, 2.2)
+    face_centre_mm: tuple[float, float, float] = (0.0, 32.0, -58.0)
+    face_axes_mm: tuple[float, float, float] = (68.0, 72.0, 88.0)
+    neck_centre_mm: tuple[float, float] = (0.0, -28.0)
+    neck_axes_mm: tuple[float, float] = (64.0, 62.0)
+    neck_top_mm: float = -35.0
+    body_width_mm: float = 4.0
+    """Width of the outer boundary of face and neck."""
+    face_mixture: tuple[float, float, float] = (0.22, 0.68, 0.10)
+    """Bone, soft tissue and air inside face and neck, away from the skull."""
+    cord_length_mm: float = 12.0
+    """Length over which the brain stem, cut at the edge of the MNI maps, fades out below it."""
+    low_mm: tuple[float, float, float] = (-110.0, -146.0, -132.0)
+    high_mm: tuple[float, float, float] = (110.0, 122.0, 122.0)
+    floor: float = 1e-4
+
+
+def default_atlas(spacing_mm: float = 1.5, cache: bool = True) -> LabelAtlas:
+    """The MNI152 atlas of a whole head: GM, WM, CSF, bone, soft, air.
+
+    GM and WM are the maps of the ICBM 152 2009a symmetric template that nilearn's wheel contains. CSF is what they leave of the
+    brain's filled mask and a margin around it. Bone, soft tissue and air follow from the distance to the brain and from two ellipses
+    for face and neck; they are deliberately vague.
+
+    Arguments:
+        spacing_mm: voxel size; the maps come at 1 mm.
+        cache: keep the result in `cache_folder`, and use what an earlier call kept there. The name holds a hash of the recipe and
+            of the input files. Where the folder cannot be written, the atlas is built each time (a few seconds).
+
+    Returns:
+        An atlas with the (stripped) T1 template, intensities in [0, 1], and brain = ("GM", "WM", "CSF"). The same call gives the
+        same values with and without cache.
+
+    >>> atlas = default_atlas(spacing_mm=6.0, cache=False)
+    >>> atlas.names
+    ('GM', 'WM', 'CSF', 'bone', 'soft', 'air')
+    >>> atlas.stripped().names
+    ('GM', 'WM', 'CSF', 'background')
+    """
+    if not 0.5 <= spacing_mm <= 20:
+        raise ValueError(f"expected a spacing between 0.5 and 20 mm, got {spacing_mm}")
+    recipe = AtlasRecipe(spacing_mm=float(spacing_mm))
+    inputs = {name: _packaged_map(name) for name in ("t1", "gm", "wm")}
+    folder = cache_folder() if cache else None
+    path = None if folder is None else folder / f"atlas-mni152-{_digest(recipe, inputs)}.safetensors"
+    stored = _read_cached(path) if path is not None else None
+    if stored is None:
+        stored = _build(recipe, inputs)
+        if path is not None:
+            _write_cached(path, *stored)
+    packed, grid = stored
+    probabilities = packed["probabilities"].float().clamp_min(recipe.floor)
+    probabilities /= probabilities.sum(0)
+    return LabelAtlas(("GM", "WM", "CSF", "bone", "soft", "air"), probabilities, grid, packed["template"].float())
+
+
+def cache_folder() -> Path:
+    """Where built atlases are kept: ``PROBMED_CACHE``, else ``XDG_CACHE_HOME/probmed``, else the system's place for caches."""
+    chosen, shared = os.environ.get("PROBMED_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    if shared:
+        return Path(shared).expanduser() / "probmed"
+    home = Path(os.path.expanduser("~"))
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "probmed"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", str(home / "AppData" / "Local"))) / "probmed" / "Cache"
+    return home / ".cache" / "probmed"
+
+
+Packed = tuple[dict[str, Tensor], Grid]
+
+
+def _packaged_map(name: str) -> bytes:
+    """A map of nilearn's package, still compressed. Read from the package's files: importing nilearn itself takes seconds."""
+    file = f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz"
+    return (resources.files("nilearn") / "datasets" / "data" / file).read_bytes()
+
+
+def _digest(recipe: AtlasRecipe, inputs: dict[str, bytes]) -> str:
+    digest = hashlib.sha256(repr(recipe).encode())
+    for name in sorted(inputs):
+        digest.update(hashlib.sha256(inputs[name]).digest())
+    return digest.hexdigest()[:16]
+
+
+def _read_cached(path: Path) -> Packed | None:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            packed = {name: file.get_tensor(name) for name in ("probabilities", "template")}
+            affine = torch.tensor(json.loads(file.metadata()["affine"]), dtype=torch.float64)
+        if not torch.isfinite(packed["probabilities"]).all():
+            return None
+        return packed, Grid(tuple(packed["template"].shape), affine)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None  # absent or damaged: it is built again
+
+
+def _write_cached(path: Path, packed: dict[str, Tensor], grid: Grid) -> None:
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        os.close(handle)
+        save_file(packed, temporary, metadata={"affine": json.dumps(grid.affine.tolist())})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError):
+        # A read-only or full home is no reason to fail: the atlas is in memory.
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _build(recipe: AtlasRecipe, inputs: dict[str, bytes]) -> Packed:
+    low, high = np.array(recipe.low_mm), np.array(recipe.high_mm)
+    shape = tuple(int(n) for n in np.ceil((high - low) / recipe.spacing_mm))
+    affine = torch.diag(torch.tensor([recipe.spacing_mm] * 3 + [1.0], dtype=torch.float64))
+    affine[:3, 3] = torch.as_tensor(low + recipe.spacing_mm / 2)
+    grid = Grid(shape, affine)
+
+    template, gm, wm, inside = _brain_maps(recipe, inputs, grid)
+    z = grid.coordinates(torch.float64)[..., 2].numpy()
+    mask = inside > 0.5
+    radius = recipe.cistern_radius_mm
+    distance = _distance(mask, grid)
+    vault = _distance(distance > radius, grid) > radius
+    vault |= mask
+    # Narrow gaps of the surface are fluid near the brain; far from it (clivus, sella, petrous bone) they are bone.
+    vault_distance = _signed_distance(vault, grid)
+    rest = np.clip(1 - gm - wm, 0, 1)
+    csf = rest * _below(vault_distance, recipe.csf_mm) * _below(distance, (10.0, 3.0))
+    outside = np.clip(rest - csf, 0, 1)
+
+    body = _body(recipe, grid)
+    skull = _below(vault_distance, recipe.skull_mm)
+    # Below the brain there is no closed shell of bone: the skull's base gives way to the muscles of face and neck.
+    shell = 1 / (1 + np.exp(-(z + 55.0) / 8.0))
+    skull_share = skull * (0.35 + 0.6 * shell)
+    within_scalp = np.maximum(_below(vault_distance, recipe.scalp_mm), body)
+    deep = body * (1 - skull)
+    bone_deep, soft_deep, air_deep = recipe.face_mixture
+    bone = skull_share + (1 - skull_share) * deep * bone_deep
+    air = (1 - skull_share) * ((1 - within_scalp) + deep * air_deep)
+    air = np.minimum(air, 1 - bone)
+    soft = np.clip(1 - bone - air, 0, 1)
+    classes = np.stack([gm, wm, csf, outside * bone, outside * soft, outside * air])
+    classes /= classes.sum(0)
+    packed = {
+        # Half precision, in memory as in the cache, so that both give the same atlas.
+        "probabilities": torch.from_numpy(classes).half(),
+        "template": torch.from_numpy(template).half(),
+    }
+    return packed, grid
+
+
+def _brain_maps(recipe: AtlasRecipe, inputs: dict[str, bytes], grid: Grid) -> tuple[NDArray[np.float64], ...]:
+    """Template, GM, WM and the filled brain mask on the working grid, ``(*shape)`` each."""
+    images = {name: nib.Nifti1Image.from_bytes(gzip.decompress(data)) for name, data in inputs.items()}
+    affine = torch.as_tensor(np.asarray(images["t1"].affine), dtype=torch.float64)
+    # The stored integers are probabilities in units of 1/255; the files' own scaling factor is not one.
+    t1, gm, wm = (np.asarray(images[name].dataobj.get_unscaled(), dtype=np.float32) / 255 for name in ("t1", "gm", "wm"))
+    mask = ndimage.binary_closing((t1 > 0) | (gm + wm > 0.5), iterations=2) | (t1 > 0)
+    mask = np.asarray(ndimage.binary_fill_holes(mask))
+    stack = torch.from_numpy(np.stack([t1, gm, wm, mask.astype(np.float32)]))
+
+    # The maps end inside the brain stem. Repeat the last slice downwards, fading, so that no skull is put across the cord.
+    extra = math.ceil(3 * recipe.cord_length_mm)
+    fade = torch.linspace(0, 1, extra + 1)[:-1] ** 2
+    stack = torch.cat([stack[..., :1] * fade, stack], -1)
+    affine[:3, 3] -= affine[:3, 2] * extra
+    source = Grid(tuple(stack.shape[1:]), affine)
+
+    sd = math.hypot(recipe.smoothing_fwhm_mm / 2.3548, 0.45 * max(recipe.spacing_mm - 1, 0))
+    smooth = torch.from_numpy(ndimage.gaussian_filter(stack.numpy(), (0, sd, sd, sd), truncate=3.0))
+    smooth[0] = stack[0] if recipe.spacing_mm <= 1 else smooth[0]
+    out = resample(smooth, source, grid).clamp(0, 1).double().numpy()
+    return out[0], out[1], out[2], out[3]
+
+
+def _distance(mask: NDArray[np.bool_], grid: Grid) -> NDArray[np.float64]:
+    """mm from each voxel outside the mask to the mask; 0 inside."""
+    return np.asarray(ndimage.distance_transform_edt(~mask, sampling=grid.spacing), dtype=np.float64)
+
+
+def _signed_distance(mask: NDArray[np.bool_], grid: Grid) -> NDArray[np.float64]:
+    """mm to the mask's surface, positive outside."""
+    return _distance(mask, grid) - _distance(~mask, grid)
+
+
+def _below(distance: NDArray[np.float64], boundary: tuple[float, float]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(np.clip((distance - boundary[0]) / boundary[1], -50, 50)))
+
+
+def _body(recipe: AtlasRecipe, grid: Grid) -> NDArray[np.float64]:
+    """Probability of being inside face or neck by two ellipses, ``(*shape)``."""
+    x, y, z = grid.coordinates(torch.float64).numpy().transpose(3, 0, 1, 2)
+    (fx, fy, fz), (ax, ay, az) = recipe.face_centre_mm, recipe.face_axes_mm
+    (nx, ny), (bx, by) = recipe.neck_centre_mm, recipe.neck_axes_mm
+    width = recipe.body_width_mm
+    # Distance to an ellipse, near its surface: (relative radius − 1) × mean axis.
+    face = (np.sqrt(((x - fx) / ax) ** 2 + ((y - fy) / ay) ** 2 + ((z - fz) / az) ** 2) - 1) * (ax + ay + az) / 3
+    neck = (np.sqrt(((x - nx) / bx) ** 2 + ((y - ny) / by) ** 2) - 1) * (bx + by) / 2
+    neck = np.maximum(neck, z - recipe.neck_top_mm)
+    return np.asarray(_below(np.minimum(face, neck), (0.0, width)))
