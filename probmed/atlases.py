@@ -39,7 +39,18 @@ BACKGROUNDS = ("air", "background")
 _COLOURS = {
     "GM": "#7f8c8d", "WM": "#f5f0e1", "CSF": "#3d85c6", "bone": "#e0c068", "soft": "#c8826e", "air": "#000000", "background": "#000000",
 }  # fmt: skip
-_SPARE_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#008080", "#9a6324")
+_SPARE_COLOURS = (
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#46f0f0",
+    "#f032e6",
+    "#bcf60c",
+    "#008080",
+    "#9a6324",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +86,9 @@ class LabelAtlas:
         if shape != (len(names), *self.grid.shape):
             raise ValueError(f"expected probabilities of shape {(len(names), *self.grid.shape)}, got {shape}")
         if self.template is not None and tuple(self.template.shape) != self.grid.shape:
-            raise ValueError(f"expected a template of shape {self.grid.shape}, got {tuple(self.template.shape)}")
+            raise ValueError(
+                f"expected a template of shape {self.grid.shape}, got {tuple(self.template.shape)}"
+            )
         unknown = sorted(set(self.brain) - set(names))
         if unknown:
             raise ValueError(f"brain classes {unknown} are not among the classes {names}")
@@ -87,7 +100,12 @@ class LabelAtlas:
         colours = tuple(self.colours) or default_colours(names)
         if len(colours) != len(names):
             raise ValueError(f"expected {len(names)} colours, got {len(colours)}")
-        for name, value in (("names", names), ("brain", tuple(self.brain)), ("indices", indices), ("colours", colours)):
+        for name, value in (
+            ("names", names),
+            ("brain", tuple(self.brain)),
+            ("indices", indices),
+            ("colours", colours),
+        ):
             object.__setattr__(self, name, value)
 
     @property
@@ -123,9 +141,13 @@ class LabelAtlas:
         members = [[self.names.index(n) for n in names] for names in groups.values()]
         names = tuple(groups)
         brain = tuple(n for n, old in groups.items() if set(old) <= set(self.brain))
-        indices = tuple(0 if n in BACKGROUNDS else min(self.indices[k] for k in ks) for n, ks in zip(names, members, strict=True))
+        indices = tuple(
+            0 if n in BACKGROUNDS else min(self.indices[k] for k in ks)
+            for n, ks in zip(names, members, strict=True)
+        )
         colours = tuple(
-            _COLOURS[n] if n in BACKGROUNDS else self.colours[ks[0]] for n, ks in zip(names, members, strict=True)
+            _COLOURS[n] if n in BACKGROUNDS else self.colours[ks[0]]
+            for n, ks in zip(names, members, strict=True)
         )
         probabilities = torch.stack([self.probabilities[ks].sum(0) for ks in members])
         return LabelAtlas(names, probabilities, self.grid, self.template, brain, indices, colours)
@@ -151,7 +173,9 @@ class LabelAtlas:
     def on(self, grid: Grid) -> LabelAtlas:
         """The atlas on the voxels of another grid in the same space (linear; the nearest voxel's values outside the field of view)."""
         probabilities = resample(self.probabilities, self.grid, grid, fill="edge")
-        template = None if self.template is None else resample(self.template[None], self.grid, grid, fill=0.0)[0]
+        template = (
+            None if self.template is None else resample(self.template[None], self.grid, grid, fill=0.0)[0]
+        )
         return replace(self, probabilities=probabilities / probabilities.sum(0), grid=grid, template=template)
 
     def to(self, device: torch.device | str) -> LabelAtlas:
@@ -186,7 +210,9 @@ def average_onto(image: Tensor, source: Grid, target: Grid) -> Tensor:
         if n == m:
             continue
         weights = (_overlaps if m < n else _interpolates)(n, m).to(image)
-        out = torch.tensordot(out, weights, dims=([out.ndim - d + axis], [1])).movedim(-1, out.ndim - d + axis)
+        out = torch.tensordot(out, weights, dims=([out.ndim - d + axis], [1])).movedim(
+            -1, out.ndim - d + axis
+        )
     return out.contiguous()
 
 
@@ -217,18 +243,22 @@ class AtlasRecipe:
     smoothing_fwhm_mm: float = 2.0
     cistern_radius_mm: float = 9.0
     """Gaps of the brain's surface narrower than twice this (fissures, basal cisterns) count as inside the skull."""
-    csf_mm: tuple[float, float] = (2.5, 1.0)
+    csf_mm: tuple[float, float] = (3.0, 1.2)
     """Where CSF and meninges end and bone begins: boundary, width."""
-    skull_mm: tuple[float, float] = (9.0, 1.5)
-    scalp_mm: tuple[float, float] = (15.5, 2.2)
-    face_centre_mm: tuple[float, float, float] = (0.0, 32.0, -58.0)
-    face_axes_mm: tuple[float, float, float] = (68.0, 72.0, 88.0)
-    neck_centre_mm: tuple[float, float] = (0.0, -28.0)
-    neck_axes_mm: tuple[float, float] = (64.0, 62.0)
-    neck_top_mm: float = -35.0
-    body_width_mm: float = 4.0
+    skull_mm: tuple[float, float] = (9.0, 1.7)
+    scalp_mm: tuple[float, float] = (16.5, 2.2)
+    skull_base_mm: tuple[float, float] = (-25.0, 8.0)
+    """Height (z) below which the closed skull gives way to its base, and the width of that change."""
+    base_muscle_mm: float = 5.0
+    """How much thicker the tissue around the skull is below that height."""
+    face_centre_mm: tuple[float, float, float] = (0.0, 15.0, -80.0)
+    face_axes_mm: tuple[float, float, float] = (74.0, 78.0, 88.0)
+    neck_centre_mm: tuple[float, float] = (0.0, -32.0)
+    neck_axes_mm: tuple[float, float] = (78.0, 80.0)
+    neck_top_mm: float = -50.0
+    body_width_mm: float = 5.0
     """Width of the outer boundary of face and neck."""
-    face_mixture: tuple[float, float, float] = (0.22, 0.68, 0.10)
+    face_mixture: tuple[float, float, float] = (0.25, 0.63, 0.12)
     """Bone, soft tissue and air inside face and neck, away from the skull."""
     cord_length_mm: float = 12.0
     """Length over which the brain stem, cut at the edge of the MNI maps, fades out below it."""
@@ -241,8 +271,8 @@ def default_atlas(spacing_mm: float = 1.5, cache: bool = True) -> LabelAtlas:
     """The MNI152 atlas of a whole head: GM, WM, CSF, bone, soft, air.
 
     GM and WM are the maps of the ICBM 152 2009a symmetric template that nilearn's wheel contains. CSF is what they leave of the
-    brain's filled mask and a margin around it. Bone, soft tissue and air follow from the distance to the brain and from two ellipses
-    for face and neck; they are deliberately vague.
+    brain's filled mask and a margin around it. Bone, soft tissue and air follow from the distance to the brain and from two simple
+    shapes for face and neck; they are deliberately vague.
 
     Arguments:
         spacing_mm: voxel size; the maps come at 1 mm.
@@ -273,7 +303,9 @@ def default_atlas(spacing_mm: float = 1.5, cache: bool = True) -> LabelAtlas:
     packed, grid = stored
     probabilities = packed["probabilities"].float().clamp_min(recipe.floor)
     probabilities /= probabilities.sum(0)
-    return LabelAtlas(("GM", "WM", "CSF", "bone", "soft", "air"), probabilities, grid, packed["template"].float())
+    return LabelAtlas(
+        ("GM", "WM", "CSF", "bone", "soft", "air"), probabilities, grid, packed["template"].float()
+    )
 
 
 def cache_folder() -> Path:
@@ -353,17 +385,16 @@ def _build(recipe: AtlasRecipe, inputs: dict[str, bytes]) -> Packed:
     csf = rest * _below(vault_distance, recipe.csf_mm) * _below(distance, (10.0, 3.0))
     outside = np.clip(rest - csf, 0, 1)
 
-    body = _body(recipe, grid)
+    base = _below(z, recipe.skull_base_mm)
+    face = _body(recipe, grid)
     skull = _below(vault_distance, recipe.skull_mm)
-    # Below the brain there is no closed shell of bone: the skull's base gives way to the muscles of face and neck.
-    shell = 1 / (1 + np.exp(-(z + 55.0) / 8.0))
-    skull_share = skull * (0.35 + 0.6 * shell)
-    within_scalp = np.maximum(_below(vault_distance, recipe.scalp_mm), body)
-    deep = body * (1 - skull)
-    bone_deep, soft_deep, air_deep = recipe.face_mixture
-    bone = skull_share + (1 - skull_share) * deep * bone_deep
-    air = (1 - skull_share) * ((1 - within_scalp) + deep * air_deep)
-    air = np.minimum(air, 1 - bone)
+    head = np.maximum(_below(vault_distance - recipe.base_muscle_mm * base, recipe.scalp_mm), face)
+    # Beside and below the skull's base there is no closed shell: a third is bone, the rest muscle, fat, vessels and cavities.
+    deep = np.maximum(base * head * skull, face * (1 - skull))
+    bone_deep, _, air_deep = recipe.face_mixture
+    bone = skull * (1 - 0.65 * base)
+    bone = bone + (1 - bone) * deep * bone_deep
+    air = (1 - bone) * ((1 - head) + head * deep * air_deep)
     soft = np.clip(1 - bone - air, 0, 1)
     classes = np.stack([gm, wm, csf, outside * bone, outside * soft, outside * air])
     classes /= classes.sum(0)
@@ -380,7 +411,7 @@ def _brain_maps(recipe: AtlasRecipe, inputs: dict[str, bytes], grid: Grid) -> tu
     images = {name: nib.Nifti1Image.from_bytes(gzip.decompress(data)) for name, data in inputs.items()}
     affine = torch.as_tensor(np.asarray(images["t1"].affine), dtype=torch.float64)
     # The stored integers are probabilities in units of 1/255; the files' own scaling factor is not one.
-    t1, gm, wm = (np.asarray(images[name].dataobj.get_unscaled(), dtype=np.float32) / 255 for name in ("t1", "gm", "wm"))
+    t1, gm, wm = (_unscaled(images[name]) / 255 for name in ("t1", "gm", "wm"))
     mask = ndimage.binary_closing((t1 > 0) | (gm + wm > 0.5), iterations=2) | (t1 > 0)
     mask = np.asarray(ndimage.binary_fill_holes(mask))
     stack = torch.from_numpy(np.stack([t1, gm, wm, mask.astype(np.float32)]))
@@ -397,6 +428,14 @@ def _brain_maps(recipe: AtlasRecipe, inputs: dict[str, bytes], grid: Grid) -> tu
     smooth[0] = stack[0] if recipe.spacing_mm <= 1 else smooth[0]
     out = resample(smooth, source, grid).clamp(0, 1).double().numpy()
     return out[0], out[1], out[2], out[3]
+
+
+def _unscaled(image: nib.Nifti1Image) -> NDArray[np.float32]:
+    if not isinstance(image.dataobj, nib.arrayproxy.ArrayProxy):
+        raise TypeError(
+            f"expected an image that was read from bytes, got data of type {type(image.dataobj).__name__}"
+        )
+    return np.asarray(image.dataobj.get_unscaled(), dtype=np.float32)
 
 
 def _distance(mask: NDArray[np.bool_], grid: Grid) -> NDArray[np.float64]:
@@ -418,9 +457,9 @@ def _body(recipe: AtlasRecipe, grid: Grid) -> NDArray[np.float64]:
     x, y, z = grid.coordinates(torch.float64).numpy().transpose(3, 0, 1, 2)
     (fx, fy, fz), (ax, ay, az) = recipe.face_centre_mm, recipe.face_axes_mm
     (nx, ny), (bx, by) = recipe.neck_centre_mm, recipe.neck_axes_mm
-    width = recipe.body_width_mm
-    # Distance to an ellipse, near its surface: (relative radius − 1) × mean axis.
-    face = (np.sqrt(((x - fx) / ax) ** 2 + ((y - fy) / ay) ** 2 + ((z - fz) / az) ** 2) - 1) * (ax + ay + az) / 3
+    # Distance to a surface, near it: (relative radius - 1) times the mean axis. The power 3 flattens face and cheeks.
+    radius = (np.abs((x - fx) / ax) ** 3 + np.abs((y - fy) / ay) ** 3 + np.abs((z - fz) / az) ** 3) ** (1 / 3)
+    face = (radius - 1) * (ax + ay + az) / 3
     neck = (np.sqrt(((x - nx) / bx) ** 2 + ((y - ny) / by) ** 2) - 1) * (bx + by) / 2
     neck = np.maximum(neck, z - recipe.neck_top_mm)
-    return np.asarray(_below(np.minimum(face, neck), (0.0, width)))
+    return _below(np.minimum(face, neck), (0.0, recipe.body_width_mm))
