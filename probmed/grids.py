@@ -154,9 +154,79 @@ class Grid:
         sides = [margin] * self.ndim if isinstance(margin, int) else list(margin)
         return self.cropped([-m for m in sides], [n + m for n, m in zip(self.shape, sides, strict=True)])
 
+    @property
+    def lattice(self) -> Grid:
+        """The whole grid; a ``MaskedGrid`` answers with the one it is a part of."""
+        return self
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Values on the lattice ``(*batch, *shape)`` to values here: the same."""
+        return x
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Values here to values on the lattice: the same."""
+        return x
+
     def transformed(self, matrix: Tensor) -> Grid:
         """The same voxels after the world has been moved by ``matrix`` (d+1, d+1)."""
         return Grid(self.shape, matrix.to(torch.float64) @ self.affine)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedGrid:
+    """Some of a grid's voxels, as a list: what a model is fitted on where most voxels say nothing.
+
+    Arguments:
+        lattice: the whole grid.
+        mask: which voxels, ``(*lattice.shape)`` bool.
+    """
+
+    lattice: Grid
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if tuple(self.mask.shape) != self.lattice.shape or self.mask.dtype != torch.bool:
+            raise ValueError(f"expected a bool mask of shape {self.lattice.shape}, got {self.mask.dtype} {tuple(self.mask.shape)}")
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Flat indices of the voxels, ``(N,)``."""
+        return self.mask.flatten().nonzero()[:, 0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.index),)
+
+    @property
+    def numel(self) -> int:
+        return len(self.index)
+
+    @property
+    def ndim(self) -> int:
+        return self.lattice.ndim
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        return self.lattice.spacing
+
+    @property
+    def voxel_volume(self) -> float:
+        return self.lattice.voxel_volume
+
+    def coordinates(self, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+        """World millimetres of each voxel, ``(N, d)``."""
+        voxels = torch.stack(torch.unravel_index(self.index, self.lattice.shape), -1)
+        return self.lattice.voxel_to_world(voxels.to(device=device, dtype=dtype))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Values on the lattice ``(*batch, *lattice.shape)`` at these voxels, ``(*batch, N)``."""
+        return x.flatten(-self.ndim)[..., self.index.to(x.device)]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Values at these voxels ``(*batch, N)`` on the lattice, zero elsewhere."""
+        out = x.new_zeros(*x.shape[:-1], self.lattice.numel)
+        out[..., self.index.to(x.device)] = x
+        return out.unflatten(-1, self.lattice.shape)
 
 
 def _apply(matrix: Tensor, points: Tensor) -> Tensor:

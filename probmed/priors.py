@@ -1,0 +1,183 @@
+"""Priors of anatomy: where labels are expected, and how far bodies depart from a template.
+
+A label prior is a component whose ``forward(grid)`` returns log p(S_v = k), ``(K, *shape)``, after drawing whatever latents it has. A deformation
+prior is a component whose ``forward()`` returns a transform. Any of the first goes into any model that needs labels, any of the second into any
+model that deforms.
+"""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro.distributions import Normal
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from probmed.atlases import LabelAtlas
+from probmed.distributions import Coupling
+from probmed.fields import GaussianField
+from probmed.grids import Grid, MaskedGrid, sample
+from probmed.transforms import Affine, Transform, Velocity
+
+FLOOR = 1e-4
+"""Added to every label's probability, so that an atlas never rules a label out (SPM's constant)."""
+
+
+class AffinePrior(PyroModule):
+    """An affine map near a known one: A = start · exp(Σ_n a_n G_n), a_n ~ N(0, s_n²). Site: ``affine``, ``(count,)``.
+
+    Arguments:
+        ndim: 2 or 3.
+        count: 6 or 7 or 12 parameters in 3D (rigid, similarity, affine); 3, 4 or 6 in 2D.
+        start: the matrix ``(d+1, d+1)``, mm to mm.
+        centre: the point about which the group acts, mm.
+        translation_mm, rotation, log_scale: standard deviations; shears have that of the scales.
+    """
+
+    start: Tensor
+    centre: Tensor
+    sd: Tensor
+
+    def __init__(
+        self,
+        ndim: int = 3,
+        count: int | None = None,
+        start: Tensor | None = None,
+        centre: Tensor | None = None,
+        translation_mm: float = 20.0,
+        rotation: float = 0.2,
+        log_scale: float = 0.15,
+    ) -> None:
+        super().__init__()
+        rotations = 3 if ndim == 3 else 1
+        full = 2 * (ndim + rotations)
+        count = full if count is None else count
+        sd = torch.tensor([translation_mm] * ndim + [rotation] * rotations + [log_scale] * (ndim + rotations))
+        if count not in (ndim + rotations, ndim + rotations + 1, full):
+            raise ValueError(f"expected {ndim + rotations}, {ndim + rotations + 1} or {full} parameters in {ndim}D, got {count}")
+        self.ndim = ndim
+        self.register_buffer("sd", sd[:count])
+        self.register_buffer("start", torch.eye(ndim + 1) if start is None else torch.as_tensor(start, dtype=torch.get_default_dtype()))
+        self.register_buffer("centre", torch.zeros(ndim) if centre is None else torch.as_tensor(centre, dtype=torch.get_default_dtype()))
+
+    def evaluate(self, parameters: Tensor) -> Affine:
+        # The group acts in the atlas, after the start, so that its prior means the same for every scanner's frame.
+        return Affine.exp(parameters, self.ndim, self.centre) @ Affine(self.start.to(parameters))
+
+    def forward(self) -> Affine:
+        return self.evaluate(pyro.sample("affine", Normal(torch.zeros_like(self.sd), self.sd).to_event(1)))
+
+
+class SmoothVelocity(PyroModule):
+    """exp(v) of a smooth stationary velocity, v ~ GaussianField on a grid. Site: ``velocity``, ``(d, *shape)``, mm.
+
+    Arguments:
+        grid: of the velocity; in the space in which the transform starts and ends.
+        sd_mm: marginal standard deviation of v.
+        length_mm: correlation length 1/κ.
+        alpha: smoothness; at least 2 in 3D for continuous paths.
+    """
+
+    def __init__(self, grid: Grid, sd_mm: float = 4.0, length_mm: float = 30.0, alpha: float = 2.0) -> None:
+        super().__init__()
+        self.grid, self.sd_mm, self.length_mm, self.alpha = grid, sd_mm, length_mm, alpha
+        self.register_buffer("like", torch.zeros(()))
+
+    def prior(self) -> GaussianField:
+        like: Tensor = self.like  # type: ignore[assignment]
+        length = torch.as_tensor(self.length_mm, dtype=like.dtype, device=like.device)
+        return GaussianField.from_sd(self.grid.shape, self.grid.spacing, self.sd_mm, length, self.alpha, self.grid.ndim)
+
+    def evaluate(self, velocity: Tensor) -> Velocity:
+        return Velocity(self.grid, velocity)
+
+    def forward(self) -> Velocity:
+        return self.evaluate(pyro.sample("velocity", self.prior()))
+
+
+class LabelPrior(PyroModule):
+    """What every label prior has: the names of its labels, in order, and the coupling of neighbouring labels, if any."""
+
+    names: tuple[str, ...]
+    coupling: Coupling | None = None
+
+    def forward(self, grid: Grid | MaskedGrid) -> Tensor:
+        """log p(S_v = k) on a grid, ``(K, *shape)``."""
+        raise NotImplementedError
+
+
+class FixedAtlas(LabelPrior):
+    """An atlas where it lies, or moved by a known transform (world of the scan to world of the atlas). No sites."""
+
+    log_probabilities: Tensor
+
+    def __init__(self, atlas: LabelAtlas, transform: Transform | None = None, floor: float = FLOOR) -> None:
+        super().__init__()
+        self.names, self.grid, self.transform = atlas.names, atlas.grid, transform
+        probabilities = atlas.probabilities.to(torch.get_default_dtype()) + floor
+        self.register_buffer("probabilities", probabilities / probabilities.sum(0))
+
+    def at(self, points: Tensor) -> Tensor:
+        """log T_k at points of the atlas's world, ``(K, *size)``; beyond its edge the nearest voxel's."""
+        probabilities: Tensor = self.probabilities  # type: ignore[assignment]
+        return sample(probabilities.to(points), self.grid, points, fill="edge").log()
+
+    def forward(self, grid: Grid | MaskedGrid) -> Tensor:
+        probabilities: Tensor = self.probabilities  # type: ignore[assignment]
+        points = grid.coordinates(probabilities.dtype, probabilities.device)
+        return self.at(points if self.transform is None else self.transform(points))
+
+
+class DeformableAtlas(LabelPrior):
+    """An atlas moved to fit: p(S | φ) p(φ), φ = exp(v) ∘ A from the scan's world to the atlas's.
+
+    .. math:: A \\sim p(A), \\quad v \\sim p(v), \\quad p(S_x = k) = T_k(\\exp(v)(A x))
+
+    Sites: those of ``affine`` and ``deformation``.
+
+    Arguments:
+        atlas: T.
+        affine: a component that returns an ``Affine``; the default is ``AffinePrior`` about the atlas's centre, None for the identity.
+        deformation: a component that returns a transform of the atlas's world; None for none.
+    """
+
+    def __init__(
+        self, atlas: LabelAtlas, affine: AffinePrior | None | str = "default", deformation: SmoothVelocity | None = None, floor: float = FLOOR
+    ) -> None:
+        super().__init__()
+        self.names = atlas.names
+        self.atlas = FixedAtlas(atlas, floor=floor)
+        if isinstance(affine, str):
+            middle = atlas.grid.voxel_to_world((torch.tensor(atlas.grid.shape, dtype=torch.float64) - 1) / 2)
+            affine = AffinePrior(atlas.grid.ndim, centre=middle)
+        self.affine, self.deformation = affine, deformation
+
+    def transform(self) -> Transform:
+        """Draw φ: world of the scan to world of the atlas."""
+        affine: Transform = Affine.identity(self.atlas.grid.ndim) if self.affine is None else self.affine()
+        return affine if self.deformation is None else self.deformation() @ affine
+
+    def forward(self, grid: Grid | MaskedGrid) -> Tensor:
+        probabilities: Tensor = self.atlas.probabilities  # type: ignore[assignment]
+        return self.atlas.at(self.transform()(grid.coordinates(probabilities.dtype, probabilities.device)))
+
+
+class MarkovField(LabelPrior):
+    """Another label prior with neighbours that tend to agree (Potts): p(S) ∝ Π_v π_v(S_v) exp(−β Σ_ij w_ij [S_i ≠ S_j]).
+
+    The labels can no longer be summed out exactly; the mixture then gives the mean-field lower bound of the log evidence in nats
+    (``Coupling.bound``), whose normaliser is bounded by one. On a ``MaskedGrid`` voxels have no neighbours and labels are independent: that is
+    how the other latents are fitted on a subsample.
+
+    Arguments:
+        labels: the prior of single voxels.
+        strength: β, nats for each pair of neighbours.
+    """
+
+    def __init__(self, labels: LabelPrior, strength: float = 0.3, sweeps: int = 8) -> None:
+        super().__init__()
+        self.labels, self.names, self.strength, self.sweeps = labels, labels.names, strength, sweeps
+
+    def forward(self, grid: Grid | MaskedGrid) -> Tensor:
+        self.coupling = None if isinstance(grid, MaskedGrid) else Coupling(self.strength, grid.spacing, self.sweeps)
+        return self.labels(grid)
