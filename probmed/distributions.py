@@ -190,7 +190,14 @@ class LabelMixture(TorchDistribution):
         return x.unflatten(-1, self.shape)
 
     def _corrected(self, image: Tensor) -> Tensor:
-        return self._flat(image if self.log_bias is None else image * self.log_bias.exp())
+        if self.log_bias is None:
+            return self._flat(image)
+        missing = image.isnan()
+        if not bool(missing.any()):
+            return self._flat(image * self.log_bias.exp())
+        # NaN times the bias would have a gradient of NaN, although a missing voxel says nothing about the bias.
+        corrected = image.masked_fill(missing, 0.0) * self.log_bias.exp()
+        return self._flat(corrected.masked_fill(missing, torch.nan))
 
     def _component_log_density(self, values: Tensor) -> Tensor:
         return gaussian_log_density(values, self.means, self.covariances) + self.mixing.log().unsqueeze(-1)
@@ -344,7 +351,8 @@ class InverseWishart(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         c, root = self.scale.shape[-1], torch.linalg.cholesky(value)
         log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        trace = torch.cholesky_solve(self.scale.expand_as(value), root).diagonal(dim1=-2, dim2=-1).sum(-1)
+        scale, root = torch.broadcast_tensors(self.scale, root)
+        trace = torch.cholesky_solve(scale, root).diagonal(dim1=-2, dim2=-1).sum(-1)
         half = torch.tensor(self.df / 2, dtype=value.dtype, device=value.device)
         constant = self.df / 2 * (torch.logdet(self.scale) - c * math.log(2)) - torch.special.multigammaln(half, c)
         return constant - (self.df + c + 1) / 2 * log_det - trace / 2

@@ -109,7 +109,9 @@ def test_density_determinant_and_variance_are_those_of_the_dense_gaussian(
     torch.testing.assert_close(field.variance.flatten(), covariance.diagonal(), **close)
     torch.testing.assert_close(field.entropy(), exact.entropy(), **close)
     torch.testing.assert_close(field.mean, loc)
-    torch.testing.assert_close(field.precision_matvec(value).flatten(1), value.flatten(1) @ precision, **close)
+    torch.testing.assert_close(
+        field.precision_matvec(value).flatten(1), value.flatten(1) @ precision, **close
+    )
     torch.testing.assert_close(
         field.covariance_matvec(value).flatten(1), value.flatten(1) @ covariance, **close
     )
@@ -182,7 +184,9 @@ def test_batches_and_expansion_are_stacks_of_single_fields() -> None:
     assert field.batch_shape == (3,)
     assert field.event_shape == (2, 3, 4)
     value = torch.randn(3, 2, 3, 4)
-    singles = [GaussianField((3, 4), (1.0, 2.0), s, k, channels=2) for s, k in zip(strength, kappa, strict=True)]
+    singles = [
+        GaussianField((3, 4), (1.0, 2.0), s, k, channels=2) for s, k in zip(strength, kappa, strict=True)
+    ]
     for index, single in enumerate(singles):
         torch.testing.assert_close(field.log_prob(value)[index], single.log_prob(value[index]))
         torch.testing.assert_close(field.variance[index], single.variance)
