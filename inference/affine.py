@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from probmed.atlases import LabelAtlas
-from probmed.grids import Grid, sample
+from probmed.grids import Grid, channels_last, sample
 from probmed.transforms import Affine
 
 
@@ -54,7 +54,7 @@ def align(image: Tensor, grid: Grid, atlas: LabelAtlas, bins: int = 48, points: 
     edges = torch.linspace(float(ends[0]), float(ends[1]), bins - 1)
     label = torch.bucketize(values, edges)
     coarse = atlas.resampled(4.0)
-    maps = coarse.probabilities
+    maps = channels_last(coarse.probabilities)
     tissue = 1 - coarse.probabilities[[k for k, n in enumerate(coarse.names) if n in ("air", "background")]].sum(0)
     target = coarse.grid.coordinates()
     middle = (target * tissue[..., None]).flatten(0, -2).sum(0) / tissue.sum()

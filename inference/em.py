@@ -1,9 +1,10 @@
 """Maximum a posteriori by blocks: closed-form steps where a model has them, gradients in whitened coordinates for the other sites.
 
-A model takes part by two methods and one attribute, and is otherwise an ordinary Pyro callable:
+A model takes part by three methods and one attribute, and is otherwise an ordinary Pyro callable:
 
 - ``start(*data)`` → starting values, a dict of site → tensor;
 - ``em_step(state, *data)`` → the state after steps that do not lower the log joint;
+- ``remaining(state, *data)`` → a program of the other sites, with the model's log joint up to a constant;
 - ``closed_form_sites``: the sites that those steps update.
 
 Everything else that the model samples is moved by L-BFGS on the log joint of Pyro's own trace, so nothing about the model is known here.
@@ -35,6 +36,8 @@ class ClosedForm(Protocol):
     def start(self, *data: Any) -> State: ...
 
     def em_step(self, state: State, *data: Any) -> State: ...
+
+    def remaining(self, state: State, *data: Any) -> Callable[[], Any]: ...
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def em(
         last = float(log_joint(model, state, *data))
     for number in range(1, rounds + 1):
         state = model.em_step(state, *data)
-        state = ascend(model, state, free, *data, steps=steps, curvatures=curvatures)
+        state = ascend(model.remaining(state, *data), state, free, steps=steps, curvatures=curvatures)
         with torch.no_grad():
             value = float(log_joint(model, state, *data))
         if not math.isfinite(value):

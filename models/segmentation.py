@@ -12,6 +12,10 @@ References: Ashburner & Friston, Unified segmentation, NeuroImage 2005; Puonti, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pyro
 import torch
 from pyro import poutine
@@ -22,6 +26,7 @@ from probmed.appearances import BiasField, GaussianMixture
 from probmed.distributions import LabelMixture
 from probmed.grids import Grid, MaskedGrid
 from probmed.priors import LabelPrior
+from probmed.scores import Scores
 
 
 class Segmentation(PyroModule):
@@ -95,6 +100,64 @@ class Segmentation(PyroModule):
                     return moved
                 step /= 2
         return state
+
+    def remaining(self, state: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid) -> Callable[[], Any]:
+        """A program of the sites without closed form, given the others: the joint density up to a constant, without evaluating the appearance again."""
+        if self.labels.coupling is not None:
+            return partial(self, image, grid)
+        with torch.no_grad():
+            evidence = self.mixture(state, grid).label_log_likelihood(image)
+            shares = self.appearance.label_weights(state["weights"]).log()
+        shares = shares.reshape(-1, *[1] * (evidence.ndim - 1))
+
+        def program() -> None:
+            log_prior = (self.labels(grid) + shares).log_softmax(0)
+            pyro.factor("image", self.tempering * torch.logsumexp(log_prior + evidence, 0).sum())
+
+        return program
+
+    def scores(self, state: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid) -> Scores:
+        """Each voxel's gradient of log p in every latent at ``state``: what the Laplace posterior is made of.
+
+        The dense block holds the appearance's coordinates (``GaussianMixture.scores``), the bias coefficients and the affine parameters, in this order.
+        """
+        log_atlas = self.log_atlas(state, grid)
+        mixture = self.mixture(state, grid, log_atlas)
+        block, precision = self.appearance.scores(mixture, image)
+        blocks, precisions = [block], [precision]
+        if self.bias is not None and state["bias"].numel():
+            slope, _ = self.appearance.bias_derivatives(mixture, image)
+            functions = self.bias.functions(grid, image)
+            blocks += [s[:, None] * functions for s in slope.flatten(1)]
+            precisions.append((self.bias.prior_sd(grid).to(image) ** -2).repeat(len(slope)))
+        motion = self.labels.motion(state, grid)
+        nodes = slopes = field = None
+        if motion is not None:
+            evidence = mixture.label_log_likelihood(image).flatten(1)
+            shares = self.appearance.label_weights(state["weights"]).log()[:, None]
+            positions = motion.positions.detach().requires_grad_()
+            with torch.enable_grad():
+                log_prior = (motion.log_labels(positions) + shares).log_softmax(0)
+                (slopes,) = torch.autograd.grad(torch.logsumexp(log_prior + evidence, 0).sum(), positions)
+            if motion.affine is not None and motion.affine_sd is not None:
+                blocks.append(torch.einsum("nd,ndp->np", slopes, motion.affine))
+                precisions.append(motion.affine_sd**-2)
+            nodes, field = motion.nodes, motion.field
+        return Scores(torch.cat(blocks, 1), torch.cat(precisions), nodes, None if field is None else slopes, field)
+
+    def moved(self, state: dict[str, Tensor], dense: Tensor, field: Tensor | None) -> dict[str, Tensor]:
+        """Every latent at departures from ``state`` in the coordinates of ``scores``, with a leading axis of draws."""
+        g, c = state["means"].shape
+        sizes = [g + g * c + g * c * (c + 1) // 2]
+        sizes += [state[name].numel() for name in ("bias", "affine") if name in state]
+        parts = iter(dense.split(sizes, -1))
+        samples = self.appearance.moved(state, next(parts))
+        for name in ("bias", "affine"):
+            if name in state:
+                samples[name] = state[name] + next(parts).unflatten(-1, state[name].shape)
+        if field is not None:
+            samples["velocity"] = state["velocity"] + field.to(state["velocity"])
+        return samples
 
     def _bias_objective(self, state: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid, log_atlas: Tensor) -> Tensor:
         if self.bias is None:

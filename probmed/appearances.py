@@ -86,6 +86,14 @@ class BiasField(PyroModule):
         full = torch.cat([torch.zeros_like(coefficients[..., :1]), coefficients], -1)
         return grid.gather(_along_axes(full.unflatten(-1, self.counts(grid)), self.bases(grid, coefficients)))
 
+    def functions(self, grid: Grid | MaskedGrid, like: Tensor) -> Tensor:
+        """φ_k at every voxel, ``(N, M)``."""
+        voxels = grid.gather(grid.lattice.voxel_coordinates(torch.int64, like.device).movedim(-1, 0)).flatten(1)
+        total = like.new_ones(voxels.shape[-1], 1)
+        for basis, index in zip(self.bases(grid, like), voxels, strict=True):
+            total = (total[:, :, None] * basis[index][:, None, :]).flatten(1)
+        return total[:, 1:]
+
     def forward(self, grid: Grid | MaskedGrid) -> Tensor:
         sd = self.prior_sd(grid).to(torch.get_default_dtype()).expand(self.channels, -1)
         return self.evaluate(pyro.sample("bias", Normal(torch.zeros_like(sd), sd).to_event(2)), grid)
@@ -246,6 +254,52 @@ class GaussianMixture(PyroModule):
         prior = self.weight_certainty / torch.tensor(self.counts).to(share)[self.owner]
         weights = (tempering * share + prior) / (expected[self.owner] + self.weight_certainty)
         return {"weights": weights, "means": means, "covariances": covariances}
+
+    def scores(self, mixture: LabelMixture, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Each voxel's gradient in (log weights, whitened means, log covariances), ``(N, P)``, and the prior's precision of these, ``(P,)``.
+
+        With Σ_g = L Lᵀ at the mode, the coordinates are μ = μ̂ + L a and Σ = L expm(B) Lᵀ, B symmetric, in which every departure is admissible.
+        The prior on log w_g has precision a w_g, here with w_k = 1. Voxels that miss a channel count only for the weights.
+        """
+        values = mixture._corrected(image)
+        g, c = mixture.means.shape[-2:]
+        posterior = mixture.posterior(image)
+        r = mixture._flat(mixture.responsibilities(image, posterior))
+        labels, prior = mixture._flat(posterior), mixture._flat(mixture.log_prior).exp()
+        odd = labels - torch.zeros_like(labels).index_add(0, self.owner, r)
+        shares = r + odd[self.owner] * mixture.mixing[:, None]
+        by_weight = shares - prior[self.owner] * mixture.mixing[:, None]
+
+        complete = ~values.isnan().any(0)
+        roots = torch.linalg.cholesky(mixture.covariances)
+        z = torch.linalg.solve_triangular(roots, values.nan_to_num(0.0)[None] - mixture.means[:, :, None], upper=False) * complete
+        rows, columns = torch.tril_indices(c, c, device=values.device)
+        pairs = z[:, rows] * z[:, columns] - ((rows == columns)[None, :, None] & complete).to(z)
+        by_covariance = r[:, None] * pairs * torch.where(rows == columns, 0.5, 1.0)[None, :, None].to(z)
+        columns_of = [by_weight, (r[:, None] * z).flatten(0, 1), by_covariance.flatten(0, 1)]
+        precision = [
+            self.weight_certainty * mixture.mixing,
+            torch.full((g * c,), self.certainty).to(z),
+            torch.where(rows == columns, 0.5, 1.0).to(z).mul(self.df).repeat(g),
+        ]
+        seen = ~values.isnan().all(0)
+        return (torch.cat(columns_of) * seen).T, torch.cat(precision)
+
+    def moved(self, state: Mapping[str, Tensor], departures: Tensor) -> dict[str, Tensor]:
+        """Latents at departures ``(draws, P)`` from ``state`` in the coordinates of ``scores``: each site with a leading axis of draws."""
+        g, c = state["means"].shape
+        pairs = c * (c + 1) // 2
+        log_weights, whitened, packed = departures.split([g, g * c, g * pairs], -1)
+        roots = torch.linalg.cholesky(state["covariances"])
+        rows, columns = torch.tril_indices(c, c, device=packed.device)
+        symmetric = packed.new_zeros(len(departures), g, c, c)
+        symmetric[..., rows, columns] = packed.unflatten(-1, (g, pairs))
+        symmetric = symmetric + symmetric.tril(-1).mT
+        return {
+            "weights": state["weights"] * log_weights.exp(),
+            "means": state["means"] + (roots @ whitened.unflatten(-1, (g, c, 1)))[..., 0],
+            "covariances": roots @ torch.linalg.matrix_exp(symmetric) @ roots.mT,
+        }
 
     def bias_derivatives(self, mixture: LabelMixture, image: Tensor) -> tuple[Tensor, Tensor]:
         """d log p / d log β and minus its expected second derivative at each voxel and channel, ``(C, *shape)``, zero where missing."""

@@ -7,6 +7,10 @@ model that deforms.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import pyro
 import torch
 from pyro.distributions import Normal
@@ -16,7 +20,7 @@ from torch import Tensor
 from probmed.atlases import LabelAtlas
 from probmed.distributions import Coupling
 from probmed.fields import GaussianField
-from probmed.grids import Grid, MaskedGrid, sample
+from probmed.grids import Grid, MaskedGrid, channels_last, sample
 from probmed.transforms import Affine, Transform, Velocity
 
 FLOOR = 1e-4
@@ -95,6 +99,26 @@ class SmoothVelocity(PyroModule):
         return self.evaluate(pyro.sample("velocity", self.prior()))
 
 
+@dataclass(frozen=True)
+class Motion:
+    """How a deformable label prior moves voxels, linearised at given latents.
+
+    Arguments:
+        positions: where each voxel is looked up in the atlas's world, ``(N, d)`` mm.
+        affine: derivative of the position in each affine parameter, ``(N, d, count)``, and ``affine_sd`` their prior's, ``(count,)``; or None.
+        nodes: the velocity's node nearest to each voxel's path, ``(N,)`` flat, and ``field`` the velocity's prior; or None. A voxel's position moves
+            with that node one to one: the velocity is smooth on the scale of its own spacing.
+        log_labels: log T_k at positions, ``(K, N)``.
+    """
+
+    positions: Tensor
+    affine: Tensor | None
+    affine_sd: Tensor | None
+    nodes: Tensor | None
+    field: GaussianField | None
+    log_labels: Callable[[Tensor], Tensor]
+
+
 class LabelPrior(PyroModule):
     """What every label prior has: the names of its labels, in order, and the coupling of neighbouring labels, if any."""
 
@@ -104,6 +128,10 @@ class LabelPrior(PyroModule):
     def forward(self, grid: Grid | MaskedGrid) -> Tensor:
         """log p(S_v = k) on a grid, ``(K, *shape)``."""
         raise NotImplementedError
+
+    def motion(self, state: Mapping[str, Tensor], grid: Grid | MaskedGrid) -> Motion | None:
+        """The prior's movement at given latents; None where it does not move."""
+        return None
 
 
 class FixedAtlas(LabelPrior):
@@ -115,7 +143,7 @@ class FixedAtlas(LabelPrior):
         super().__init__()
         self.names, self.grid, self.transform = atlas.names, atlas.grid, transform
         probabilities = atlas.probabilities.to(torch.get_default_dtype()) + floor
-        self.register_buffer("probabilities", probabilities / probabilities.sum(0))
+        self.register_buffer("probabilities", channels_last(probabilities / probabilities.sum(0)))
 
     def at(self, points: Tensor) -> Tensor:
         """log T_k at points of the atlas's world, ``(K, *size)``; beyond its edge the nearest voxel's."""
@@ -157,6 +185,25 @@ class DeformableAtlas(LabelPrior):
         affine: Transform = Affine.identity(self.atlas.grid.ndim) if self.affine is None else self.affine()
         return affine if self.deformation is None else self.deformation() @ affine
 
+    def motion(self, state: Mapping[str, Tensor], grid: Grid | MaskedGrid) -> Motion | None:
+        probabilities: Tensor = self.atlas.probabilities  # type: ignore[assignment]
+        points = grid.coordinates(probabilities.dtype, probabilities.device).flatten(0, -2)
+        derivative = sd = nodes = field = None
+        if self.affine is not None:
+            parameters, moved = state["affine"], self.affine.evaluate
+            derivative = torch.func.jacfwd(lambda a: moved(a)(points))(parameters)
+            points, sd = moved(parameters)(points), self.affine.sd
+        if self.deformation is not None:
+            half = self.deformation.evaluate(state["velocity"] / 2).exp(both=False)
+            middle = half(points)
+            lattice = self.deformation.grid
+            last = torch.tensor(lattice.shape, device=points.device) - 1
+            index = torch.minimum(lattice.world_to_voxel(middle).round().long().clamp_min(0), last)
+            strides = torch.tensor([math.prod(lattice.shape[a + 1 :]) for a in range(lattice.ndim)], device=points.device)
+            nodes, field = index @ strides, self.deformation.prior()
+            points = half(middle)
+        return Motion(points, derivative, sd, nodes, field, self.atlas.at)
+
     def forward(self, grid: Grid | MaskedGrid) -> Tensor:
         probabilities: Tensor = self.atlas.probabilities  # type: ignore[assignment]
         return self.atlas.at(self.transform()(grid.coordinates(probabilities.dtype, probabilities.device)))
@@ -177,6 +224,9 @@ class MarkovField(LabelPrior):
     def __init__(self, labels: LabelPrior, strength: float = 0.3, sweeps: int = 8) -> None:
         super().__init__()
         self.labels, self.names, self.strength, self.sweeps = labels, labels.names, strength, sweeps
+
+    def motion(self, state: Mapping[str, Tensor], grid: Grid | MaskedGrid) -> Motion | None:
+        return self.labels.motion(state, grid)
 
     def forward(self, grid: Grid | MaskedGrid) -> Tensor:
         self.coupling = None if isinstance(grid, MaskedGrid) else Coupling(self.strength, grid.spacing, self.sweeps)

@@ -1,0 +1,115 @@
+"""Bringing a subject's scans together: one grid, one unit, and nothing where there is nothing to explain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+from probmed.atlases import LabelAtlas
+from probmed.grids import Grid, MaskedGrid, resample, sample
+from probmed.inference.affine import align
+from probmed.transforms import Affine
+from probmed.volumes import UnusableInput, Volume
+
+_CONSTANT_SHARE = 0.15
+_SHELL_MM = (6.0, 18.0)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The channels of one subject on the first one's grid.
+
+    Arguments:
+        image: ``(C, *shape)``, (I − offset) / unit, so that the foreground's mean is one; NaN where a channel has nothing.
+        grid: of the first channel.
+        unit, offset: intensities, ``(C,)``.
+        stripped: whether the brain stands alone on a constant background.
+        atlas: the atlas for it, without the head's labels for a stripped brain.
+        start: affine from the scan's world to the atlas's, mm.
+        points: the subsampled voxels near the brain on which a model is fitted, and their values ``(C, N)``.
+    """
+
+    image: Tensor
+    grid: Grid
+    unit: Tensor
+    offset: Tensor
+    stripped: bool
+    atlas: LabelAtlas
+    start: Tensor
+    points: MaskedGrid
+    values: Tensor
+
+
+def prepare(
+    volumes: Sequence[Volume], atlas: LabelAtlas, spacing_mm: float, margin_mm: float, seed: int, device: torch.device
+) -> Prepared:
+    """Resample, scale, tell a stripped brain from a head, align the atlas, and choose the voxels to fit.
+
+    Raises:
+        UnusableInput: where the channels do not overlap, or the scan shows no brain.
+    """
+    grid = volumes[0].grid
+    channels, units, offsets = [], [], []
+    for volume in volumes:
+        data = volume.data.to(device)
+        offset = data.min().clamp_max(0.0)
+        data = data - offset
+        seen = data[data > data.min()]
+        unit = seen[seen > seen.mean()].mean()
+        if volume is not volumes[0]:
+            data = resample(data[None], volume.grid, grid, fill=float("nan"))[0]
+            if bool(data.isnan().all()):
+                raise UnusableInput(
+                    _name(volume), f"does not overlap {_name(volumes[0])} in the world", "check that both headers describe the same session"
+                )
+        channels.append(data / unit)
+        units.append(unit)
+        offsets.append(offset)
+    image = torch.stack(channels)
+
+    steps = [max(1, round(spacing_mm / h)) for h in grid.spacing]
+    coarse_grid = grid.subsampled(steps)
+    coarse = image[:, :: steps[0], :: steps[1], :: steps[2]]
+    first = coarse[0].nan_to_num(0.0).cpu()
+    bare, shell = atlas.stripped(), torch.zeros(())
+    # A scanner's background is noise; an exactly constant one was made by software, which may have removed the skull as well.
+    constant = first == first.min()
+    suspicious = float(constant.float().mean()) > _CONSTANT_SHARE
+    start = align(first, coarse_grid, bare if suspicious else atlas, seed=seed).matrix
+    stripped = False
+    if suspicious:
+        distance = distance_from_brain(atlas, start, coarse_grid)
+        above = Affine(start)(coarse_grid.coordinates())[..., 2] > 0
+        shell = (distance > _SHELL_MM[0]) & (distance < _SHELL_MM[1]) & above
+        stripped = not bool(shell.any()) or float(constant[shell].float().mean()) > 0.7
+        if not stripped:
+            start = align(first, coarse_grid, atlas, seed=seed).matrix
+    if stripped:
+        # Zeros outside a stripped brain are not an observation of anything.
+        background = image == image.flatten(1).nan_to_num(torch.inf).amin(1).reshape(-1, 1, 1, 1)
+        image = image.masked_fill(background.all(0) | (background & (image == 0)), torch.nan)
+        coarse = image[:, :: steps[0], :: steps[1], :: steps[2]]
+        atlas = bare
+    near = (distance_from_brain(atlas, start, coarse_grid) < margin_mm).to(device)
+    points = MaskedGrid(coarse_grid, near & ~coarse.isnan().all(0))
+    if points.numel < 200:
+        raise UnusableInput(_name(volumes[0]), "shows no brain where the atlas was aligned", "check its orientation and its header")
+    return Prepared(
+        image, grid, torch.stack(units), torch.stack(offsets), stripped, atlas, start, points, points.gather(coarse)
+    )
+
+
+def distance_from_brain(atlas: LabelAtlas, start: Tensor, grid: Grid) -> Tensor:
+    """Distance of each voxel from the atlas's brain once aligned, mm of the atlas, ``(*shape)``."""
+    coarse = atlas.resampled(4.0)
+    outside = (coarse.brain_probability < 0.3).cpu().numpy()
+    distance = torch.as_tensor(distance_transform_edt(outside, sampling=coarse.grid.spacing), dtype=torch.float32)
+    return sample(distance[None], coarse.grid, Affine(start)(grid.coordinates()), fill="edge")[0]
+
+
+def _name(volume: Volume) -> str:
+    return str(volume.path or "the scan")
