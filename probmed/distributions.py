@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions.transforms import Transform
 
 _CHUNK = 1 << 19  # voxels at a time where a result is made piece by piece: bounds the memory of (G, N) intermediates
 _TINY = 1e-30
@@ -324,6 +325,71 @@ class LabelMixture(TorchDistribution):
         )
 
 
+class _PositiveDefinite(constraints.Constraint):
+    """Symmetric positive definite matrices, with a bijection from vectors, which torch's own constraint has not: automatic guides need it."""
+
+    event_dim = 2
+
+    def check(self, value: Tensor) -> Tensor:
+        return constraints.positive_definite.check(value)
+
+
+positive_definite = _PositiveDefinite()
+
+
+class PackedCholesky(Transform):
+    """Vectors of C(C+1)/2 numbers to positive definite matrices Σ = L Lᵀ: the rows of L, with the logarithm of its diagonal.
+
+    .. math:: \\log |d\\Sigma / dx| = C \\log 2 + \\sum_{i=0}^{C-1} (C - i + 1) \\log L_{ii}
+    """
+
+    domain = constraints.real_vector
+    codomain = positive_definite
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PackedCholesky)
+
+    __hash__ = Transform.__hash__
+
+    @staticmethod
+    def _size(length: int) -> int:
+        size = (math.isqrt(8 * length + 1) - 1) // 2
+        if size * (size + 1) // 2 != length:
+            raise ValueError(f"expected C(C + 1)/2 numbers, got {length}")
+        return size
+
+    def _call(self, x: Tensor) -> Tensor:
+        size = self._size(x.shape[-1])
+        rows, columns = torch.tril_indices(size, size, device=x.device)
+        root = x.new_zeros(*x.shape[:-1], size, size)
+        root[..., rows, columns] = torch.where(rows == columns, x.exp(), x)
+        return root @ root.mT
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        rows, columns = torch.tril_indices(y.shape[-1], y.shape[-1], device=y.device)
+        packed = torch.linalg.cholesky(y)[..., rows, columns]
+        return torch.where(rows == columns, packed.abs().log(), packed)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        size = y.shape[-1]
+        rows, columns = torch.tril_indices(size, size, device=x.device)
+        counts = torch.arange(size + 1, 1, -1, dtype=x.dtype, device=x.device)
+        return (counts * x[..., rows == columns]).sum(-1) + size * math.log(2)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size((*shape[:-1], self._size(shape[-1]), self._size(shape[-1])))
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
+
+
+@biject_to.register(_PositiveDefinite)
+@transform_to.register(_PositiveDefinite)
+def _to_positive_definite(constraint: constraints.Constraint) -> PackedCholesky:
+    return PackedCholesky()
+
+
 class InverseWishart(TorchDistribution):
     """Σ ~ IW(ν, Ψ): p(Σ) ∝ |Ψ|^{ν/2} |Σ|^{-(ν+C+1)/2} exp(−½ tr Ψ Σ⁻¹), with its normaliser, in nats.
 
@@ -335,7 +401,7 @@ class InverseWishart(TorchDistribution):
     """
 
     arg_constraints = {"scale": constraints.positive_definite}
-    support = constraints.positive_definite
+    support = positive_definite
     has_rsample = True
 
     def __init__(self, df: float, scale: Tensor, validate_args: bool | None = None) -> None:

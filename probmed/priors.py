@@ -190,8 +190,9 @@ class DeformableAtlas(LabelPrior):
         points = grid.coordinates(probabilities.dtype, probabilities.device).flatten(0, -2)
         derivative = sd = nodes = field = None
         if self.affine is not None:
-            parameters, moved = state["affine"], self.affine.evaluate
-            derivative = torch.func.jacfwd(lambda a: moved(a)(points))(parameters)
+            parameters, moved, d = state["affine"], self.affine.evaluate, points.shape[-1]
+            by_matrix = torch.autograd.functional.jacobian(lambda a: moved(a).matrix, parameters)
+            derivative = torch.einsum("abp,nb->nap", by_matrix[:d, :d], points) + by_matrix[:d, d]
             points, sd = moved(parameters)(points), self.affine.sd
         if self.deformation is not None:
             half = self.deformation.evaluate(state["velocity"] / 2).exp(both=False)
@@ -201,6 +202,13 @@ class DeformableAtlas(LabelPrior):
             index = torch.minimum(lattice.world_to_voxel(middle).round().long().clamp_min(0), last)
             strides = torch.tensor([math.prod(lattice.shape[a + 1 :]) for a in range(lattice.ndim)], device=points.device)
             nodes, field = index @ strides, self.deformation.prior()
+            if derivative is not None:
+                # What the affine map moves, the flow carries on: its Jacobian at each point, a row for each coordinate.
+                leaf = points.detach().requires_grad_()
+                with torch.enable_grad():
+                    ends = half(half(leaf))
+                rows = [torch.autograd.grad(end.sum(), leaf, retain_graph=True)[0] for end in ends.unbind(-1)]
+                derivative = torch.stack(rows, 1) @ derivative
             points = half(middle)
         return Motion(points, derivative, sd, nodes, field, self.atlas.at)
 

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import torch
 from torch import Tensor
+from torch.distributions import biject_to, transform_to
 
 from probmed.distributions import Coupling, InverseWishart, LabelMixture, gaussian_log_density
 
@@ -494,3 +495,23 @@ def test_inverse_wishart_expands_and_has_gradients() -> None:
 def test_inverse_wishart_refuses_too_few_degrees() -> None:
     with pytest.raises(ValueError, match="df > C - 1 = 1, got 1"):
         InverseWishart(1.0, torch.eye(2))
+
+
+@pytest.mark.parametrize("c", [1, 2, 3])
+def test_support_of_the_inverse_wishart_has_a_bijection_with_its_jacobian(c: int) -> None:
+    count = c * (c + 1) // 2
+    for registry in (biject_to, transform_to):
+        transform = registry(InverseWishart(c + 2.0, torch.eye(c)).support)
+        x = torch.randn(4, count)
+        y = transform(x)
+        assert InverseWishart.support.check(y).all()
+        assert transform.forward_shape(x.shape) == y.shape
+        assert transform.inverse_shape(y.shape) == x.shape
+        torch.testing.assert_close(transform.inv(y), x)
+    rows, columns = torch.tril_indices(c, c)
+    for index in range(4):
+        jacobian = torch.autograd.functional.jacobian(lambda v: transform(v)[rows, columns], x[index])
+        expected = torch.linalg.slogdet(jacobian).logabsdet
+        torch.testing.assert_close(transform.log_abs_det_jacobian(x[index], y[index]), expected)
+    with pytest.raises(ValueError, match="got 5"):
+        transform(torch.zeros(5))

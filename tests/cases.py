@@ -1,0 +1,191 @@
+"""One tiny instance of every component and model, for the conformance suite.
+
+A new component or model gets its case here: `test_models.py` fails where one has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from probmed.appearances import BiasField, GaussianMixture
+from probmed.atlases import LabelAtlas
+from probmed.grids import Grid
+from probmed.models.segmentation import Segmentation
+from probmed.priors import AffinePrior, DeformableAtlas, FixedAtlas, LabelPrior, MarkovField, SmoothVelocity
+from probmed.transforms import Affine
+
+NAMES = ("GM", "WM", "air")
+
+
+def oblique_grid(d: int = 3, size: int = 6) -> Grid:
+    """Anisotropic, turned, with a reversed axis, centred near the world's origin."""
+    shape, spacing = (size, size - 1, size - 2)[:d], torch.tensor([4.0, 6.0, 9.0])[:d].double()
+    angles = [0.3, -0.2, 0.4] if d == 3 else [0.5]
+    turn = Affine.exp(torch.tensor([0.0] * d + angles, dtype=torch.float64), d).matrix[:d, :d]
+    flip = torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)[:d]
+    affine = torch.eye(d + 1, dtype=torch.float64)
+    affine[:d, :d] = turn * (flip * spacing)
+    affine[:d, d] = 1.5 - affine[:d, :d] @ ((torch.tensor(shape, dtype=torch.float64) - 1) / 2)
+    return Grid(shape, affine)
+
+
+def tiny_atlas(d: int = 3, size: int = 7) -> LabelAtlas:
+    """Three nested, smooth labels on an axis-aligned grid that covers ``oblique_grid``."""
+    grid = Grid.from_spacing((size, size + 1, size - 1)[:d], (5.0, 5.5, 6.0)[:d])
+    x = grid.coordinates(torch.get_default_dtype())
+    radius = (x**2).sum(-1).sqrt()
+    # Nothing is symmetric, so that every direction of a deformation has a gradient.
+    bump = 0.05 * x[..., 0] + 0.3 * torch.sin(0.2 * x[..., 1] + 0.1 * x[..., -1])
+    logits = torch.stack([-(((radius - 9) / 4) ** 2) / 2, 1 - radius / 6 + bump, radius / 7 - 2 + 0.3 * bump])
+    return LabelAtlas(NAMES, logits.softmax(0), grid, brain=("GM", "WM"))
+
+
+def velocity_grid(d: int = 3) -> Grid:
+    return Grid.from_spacing((4, 4, 3)[:d], 11.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to build a component and call it.
+
+    Arguments:
+        build: makes it, in the default dtype.
+        arguments: what ``forward`` is called with.
+        sites: its latent sites.
+        observed: the argument that holds the data, where it is a model, by keyword.
+        plates: whether its sites may be in a plate, one result for each member; ``arguments`` is then
+            given the plate's size.
+        guide: makes the guide that belongs to a model, from it.
+    """
+
+    build: Callable[[], PyroModule]
+    arguments: Callable[[int], tuple[Any, ...]]
+    sites: frozenset[str]
+    observed: str | None = None
+    plates: bool = False
+    guide: Callable[[PyroModule], PyroModule] | None = None
+
+
+def nothing(_: int) -> tuple[Any, ...]:
+    return ()
+
+
+def on_grid(d: int = 3) -> Callable[[int], tuple[Any, ...]]:
+    return lambda _: (oblique_grid(d),)
+
+
+def log_prior(channels: int) -> Callable[[int], tuple[Any, ...]]:
+    """Arguments of an appearance: log π ``(*batch, K, *shape)`` and log β."""
+
+    def arguments(size: int) -> tuple[Tensor, Tensor]:
+        lead = (size,) if size else ()
+        shape = (4, 3, 2)
+        generator = torch.Generator().manual_seed(size)
+        options = {"generator": generator, "dtype": torch.get_default_dtype()}
+        prior = torch.randn(*lead, len(NAMES), *shape, **options).log_softmax(len(lead))  # type: ignore[call-overload]
+        return prior, 0.1 * torch.randn(*lead, channels, *shape, **options)  # type: ignore[call-overload]
+
+    return arguments
+
+
+APPEARANCE_SITES = frozenset({"weights", "covariances", "means"})
+
+LABEL_PRIORS: dict[str, tuple[Callable[[], LabelPrior], frozenset[str]]] = {
+    "fixed": (lambda: FixedAtlas(tiny_atlas()), frozenset()),
+    "moved": (
+        lambda: FixedAtlas(
+            tiny_atlas(),
+            Affine.exp(torch.tensor([2.0, -1.0, 1.0, 0.1, 0.0, 0.1], dtype=torch.get_default_dtype())),
+        ),
+        frozenset(),
+    ),
+    "affine": (lambda: DeformableAtlas(tiny_atlas()), frozenset({"affine"})),
+    "velocity": (
+        lambda: DeformableAtlas(tiny_atlas(), None, SmoothVelocity(velocity_grid())),
+        frozenset({"velocity"}),
+    ),
+    "deformable": (
+        lambda: DeformableAtlas(
+            tiny_atlas(), AffinePrior(count=7, start=Affine.exp(torch.full((6,), 0.05)).matrix), SmoothVelocity(velocity_grid())
+        ),
+        frozenset({"affine", "velocity"}),
+    ),
+    "markov": (lambda: MarkovField(FixedAtlas(tiny_atlas()), 0.3, sweeps=40), frozenset()),
+    "markov_deformable": (
+        lambda: MarkovField(DeformableAtlas(tiny_atlas(), "default", SmoothVelocity(velocity_grid())), 0.3, sweeps=40),
+        frozenset({"affine", "velocity"}),
+    ),
+}  # fmt: skip
+
+APPEARANCES: dict[str, tuple[Callable[[], GaussianMixture], int]] = {
+    "one_gaussian": (lambda: GaussianMixture([1, 1, 1], outlier=0.0), 1),
+    "several_gaussians": (lambda: GaussianMixture.for_labels(NAMES, outlier=0.0), 1),
+    "outliers": (lambda: GaussianMixture({"GM": 2, "WM": 1, "air": 2}, outlier=0.02), 1),
+    "two_channels": (lambda: GaussianMixture([2, 1, 1], channels=2), 2),
+}
+
+
+def bias_field(channels: int) -> BiasField:
+    return BiasField(cutoff_mm=30.0, channels=channels)
+
+
+def _components() -> dict[str, Case]:
+    cases = {
+        "AffinePrior": Case(AffinePrior, nothing, frozenset({"affine"}), plates=True),
+        "AffinePrior_rigid_2d": Case(lambda: AffinePrior(2, 3), nothing, frozenset({"affine"}), plates=True),
+        "SmoothVelocity": Case(
+            lambda: SmoothVelocity(velocity_grid()), nothing, frozenset({"velocity"}), plates=True
+        ),
+        "SmoothVelocity_2d": Case(
+            lambda: SmoothVelocity(velocity_grid(2)), nothing, frozenset({"velocity"}), plates=True
+        ),
+        "BiasField": Case(lambda: bias_field(1), on_grid(), frozenset({"bias"}), plates=True),
+        "BiasField_2d": Case(lambda: bias_field(2), on_grid(2), frozenset({"bias"}), plates=True),
+        "FixedAtlas_2d": Case(lambda: FixedAtlas(tiny_atlas(2)), on_grid(2), frozenset()),
+        "DeformableAtlas_2d": Case(
+            lambda: DeformableAtlas(tiny_atlas(2), "default", SmoothVelocity(velocity_grid(2))),
+            on_grid(2),
+            frozenset({"affine", "velocity"}),
+        ),
+    }
+    for name, (prior, sites) in LABEL_PRIORS.items():
+        cases[f"{type(prior()).__name__}_{name}"] = Case(prior, on_grid(), sites)
+    for name, (appearance, channels) in APPEARANCES.items():
+        cases[f"GaussianMixture_{name}"] = Case(
+            appearance, log_prior(channels), APPEARANCE_SITES, plates=True
+        )
+    return cases
+
+
+def _models() -> dict[str, Case]:
+    """Every label prior with every appearance, with and without a bias field."""
+    cases = {}
+    for label, (prior, sites) in LABEL_PRIORS.items():
+        for look, (appearance, channels) in APPEARANCES.items():
+            for biased in (False, True):
+
+                def build(
+                    prior: Callable[[], LabelPrior] = prior,
+                    appearance: Callable[[], GaussianMixture] = appearance,
+                    channels: int = channels,
+                    biased: bool = biased,
+                ) -> Segmentation:
+                    return Segmentation(
+                        prior(), appearance(), bias_field(channels) if biased else None, tempering=0.5
+                    )
+
+                name = f"Segmentation_{label}_{look}{'_bias' * biased}"
+                latents = sites | APPEARANCE_SITES | ({"bias"} if biased else set())
+                cases[name] = Case(build, lambda _: (None, oblique_grid()), latents, "image")
+    return cases
+
+
+COMPONENTS = _components()
+MODELS = _models()
+CASES = COMPONENTS | MODELS
