@@ -35,12 +35,14 @@ def read_atlas(folder: str | os.PathLike[str]) -> LabelAtlas:
           "colours": {"GM": "#7f8c8d"}
         }
 
-    Only ``names`` has to be there. The map of a class is ``label-<name>_probseg.nii.gz`` unless ``maps`` says otherwise. ``brain`` is by default
-    those of GM, WM and CSF that there are, or, without them, all classes but the background. Where probabilities sum to less than 1 the rest goes to the class named
-    "background" or "air", which is added as "background" if there is none.
+    Only ``names`` has to be there. The map of a class is ``label-<name>_probseg.nii.gz`` unless ``maps`` says
+    otherwise. ``brain`` is by default those of GM, WM and CSF that there are, or, without them, all classes
+    but the background. Where probabilities sum to less than 1 the rest goes to the class named "background"
+    or "air", which is added as "background" if there is none.
 
     Raises:
-        UnusableInput: naming the file, where one is missing, malformed or on another grid, or holds no probabilities.
+        UnusableInput: naming the file, where one is missing, malformed or on another grid, or holds no
+            probabilities.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -53,7 +55,8 @@ def read_atlas(folder: str | os.PathLike[str]) -> LabelAtlas:
         volume = _read_map(path, name)
         first = first or volume
         if volume.grid != first.grid:
-            fault = f"has another grid than the map of {names[0]!r}: shape {volume.grid.shape}, not {first.grid.shape}, or another affine"
+            fault = f"has another grid than the map of {names[0]!r}: shape {volume.grid.shape}, not"
+            fault += f" {first.grid.shape}, or another affine"
             raise UnusableInput(path, fault, "resample all maps to one grid")
         maps.append(volume.data)
     if first is None:
@@ -64,7 +67,9 @@ def read_atlas(folder: str | os.PathLike[str]) -> LabelAtlas:
         path = folder / index["template"]
         volume = read_scan(path)
         if volume.grid != first.grid:
-            raise UnusableInput(path, "is on another grid than the probability maps", "resample it to their grid")
+            raise UnusableInput(
+                path, "is on another grid than the probability maps", "resample it to their grid"
+            )
         low, high = volume.data.min(), volume.data.max()
         template = (volume.data - low) / (high - low)
     brain = index["brain"]
@@ -86,13 +91,16 @@ def write_atlas(atlas: LabelAtlas, folder: str | os.PathLike[str]) -> None:
     """Write an atlas as a folder that ``read_atlas`` reads, whole or not at all.
 
     Raises:
-        UnusableInput: where the folder exists and is not empty, the atlas is not three-dimensional, or it cannot be written.
+        UnusableInput: where the folder exists and is not empty, the atlas is not three-dimensional, or it
+            cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UnusableInput(folder, "exists already", "give a new or an empty folder")
     if atlas.grid.ndim != 3:
-        raise UnusableInput(folder, f"would hold an atlas with {atlas.grid.ndim} axes", "write atlases with 3 axes")
+        raise UnusableInput(
+            folder, f"would hold an atlas with {atlas.grid.ndim} axes", "write atlases with 3 axes"
+        )
     index = {
         "names": list(atlas.names),
         "maps": {name: f"label-{name}_probseg.nii.gz" for name in atlas.names},
@@ -137,7 +145,9 @@ def _read_index(path: Path) -> dict[str, Any]:
     index["maps"] = index["maps"] or {}
     names = index["names"]
     if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
-        raise UnusableInput(path, f'has no list of names under "names" (got {names!r})', 'write "names": ["GM", ...]')
+        raise UnusableInput(
+            path, f'has no list of names under "names" (got {names!r})', 'write "names": ["GM", ...]'
+        )
     if len(set(names)) != len(names):
         raise UnusableInput(path, f"names a class twice: {names}", "give each class its own name")
     kinds: dict[str, type] = {"maps": str, "indices": int, "colours": str}
@@ -146,10 +156,14 @@ def _read_index(path: Path) -> dict[str, Any]:
         if value is None:
             continue
         if not isinstance(value, dict) or not all(isinstance(v, kind) for v in value.values()):
-            raise UnusableInput(path, f'needs an object from class to {kind.__name__} under "{key}"', "correct it")
+            raise UnusableInput(
+                path, f'needs an object from class to {kind.__name__} under "{key}"', "correct it"
+            )
         strangers = sorted(set(value) - {*names, *BACKGROUNDS})
         if strangers:
-            raise UnusableInput(path, f'has classes {strangers} under "{key}" that "names" lacks', "correct it")
+            raise UnusableInput(
+                path, f'has classes {strangers} under "{key}" that "names" lacks', "correct it"
+            )
     brain = index["brain"]
     if brain is not None and (not isinstance(brain, list) or not set(map(str, brain)) <= set(names)):
         raise UnusableInput(path, f'lists {brain!r} under "brain", not classes of {names}', "correct it")

@@ -74,7 +74,8 @@ def default_atlas(spacing_mm: float = 1.5, cache: bool = True) -> LabelAtlas:
     distance to the brain and from two simple shapes for face and neck; they are deliberately vague.
 
     Arguments:
-        spacing_mm: voxel size; the maps come at 1 mm.
+        spacing_mm: voxel size; the maps come at 1 mm. Above 1.5 mm, the atlas of 1.5 mm averaged over voxels
+            of about that size, so that thin layers keep their volumes.
         cache: keep the result in `cache_folder`, and use what an earlier call kept there. The name holds a
             hash of the recipe and of the input files. Where the folder cannot be written, the atlas is built
             each time (a few seconds).
@@ -83,7 +84,7 @@ def default_atlas(spacing_mm: float = 1.5, cache: bool = True) -> LabelAtlas:
         An atlas with the (stripped) T1 template, intensities in [0, 1], and brain = ("GM", "WM", "CSF"). The
         same call gives the same values with and without cache.
 
-    >>> atlas = default_atlas(spacing_mm=6.0, cache=False)
+    >>> atlas = default_atlas(spacing_mm=6.0)
     >>> atlas.names
     ('GM', 'WM', 'CSF', 'bone', 'soft', 'air')
     >>> atlas.stripped().names
@@ -91,7 +92,7 @@ def default_atlas(spacing_mm: float = 1.5, cache: bool = True) -> LabelAtlas:
     """
     if not 0.5 <= spacing_mm <= 20:
         raise ValueError(f"expected a spacing between 0.5 and 20 mm, got {spacing_mm}")
-    recipe = AtlasRecipe(spacing_mm=float(spacing_mm))
+    recipe = AtlasRecipe(spacing_mm=min(float(spacing_mm), AtlasRecipe.spacing_mm))
     inputs = {name: _packaged_map(name) for name in ("t1", "gm", "wm")}
     folder = cache_folder() if cache else None
     path = None if folder is None else folder / f"atlas-mni152-{_digest(recipe, inputs)}.safetensors"
@@ -103,9 +104,9 @@ def default_atlas(spacing_mm: float = 1.5, cache: bool = True) -> LabelAtlas:
     packed, grid = stored
     probabilities = packed["probabilities"].float().clamp_min(recipe.floor)
     probabilities /= probabilities.sum(0)
-    return LabelAtlas(
-        ("GM", "WM", "CSF", "bone", "soft", "air"), probabilities, grid, packed["template"].float()
-    )
+    names = ("GM", "WM", "CSF", "bone", "soft", "air")
+    atlas = LabelAtlas(names, probabilities, grid, packed["template"].float())
+    return atlas.resampled(spacing_mm) if spacing_mm > recipe.spacing_mm else atlas
 
 
 def cache_folder() -> Path:

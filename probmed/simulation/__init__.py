@@ -7,7 +7,7 @@ kept beside the scan.
 
 from __future__ import annotations
 
-from probmed.simulation.anatomies import Anatomy, Lesions, atrophy_velocity
+from probmed.simulation.anatomies import Anatomy, AtrophyFlow, Lesions, atrophy_flow
 from probmed.simulation.cohorts import simulate_cohort
 from probmed.simulation.contrasts import CONTRASTS, Appearance, degraded
 from probmed.simulation.subjects import SimulatedSubject, scan, simulate_subject
@@ -16,9 +16,10 @@ __all__ = [
     "CONTRASTS",
     "Anatomy",
     "Appearance",
+    "AtrophyFlow",
     "Lesions",
     "SimulatedSubject",
-    "atrophy_velocity",
+    "atrophy_flow",
     "degraded",
     "scan",
     "simulate_cohort",

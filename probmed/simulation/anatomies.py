@@ -17,29 +17,49 @@ from probmed.simulation.contrasts import draw_field, stream
 from probmed.transforms import Affine, Displacement, Transform, Velocity
 
 
-def atrophy_velocity(
+@dataclass(frozen=True, eq=False)
+class AtrophyFlow:
+    """A family of diffeomorphisms exp(τ w), indexed by the loss of tissue that they cause in the atlas.
+
+    Arguments:
+        velocity: w, mm per unit of τ.
+        times, losses: ``(m,)`` increasing: τ and minus the log of the share of the atlas's tissue that is
+            left.
+    """
+
+    velocity: Velocity
+    times: Tensor
+    losses: Tensor
+
+    def at(self, loss: float) -> Displacement:
+        """The map by which to pull an anatomy back that is to lose the share 1 - exp(-loss) of its tissue."""
+        k = int(torch.searchsorted(self.losses, loss).clamp(1, len(self.losses) - 1))
+        (low, high), (start, stop) = self.losses[k - 1 : k + 1].tolist(), self.times[k - 1 : k + 1].tolist()
+        time = start + (stop - start) * (loss - low) / (high - low)
+        return Velocity(self.velocity.grid, time * self.velocity.field).exp()
+
+
+def atrophy_flow(
     atlas: LabelAtlas,
     tissues: Sequence[str] = ("GM", "WM"),
     fluid: Sequence[str] = ("CSF",),
     spacing_mm: float = 3.0,
-) -> Velocity:
-    """The flow that makes each tissue shrink at a known rate while fluid fills what it leaves.
+) -> AtrophyFlow:
+    """The flow that makes each tissue shrink at the same rate while fluid fills what it leaves.
 
     .. math:: w = \\nabla \\psi, \\quad \\Delta \\psi = \\sum_k a_k p_k^3, \\quad
         \\int \\nabla p_k \\cdot w = -r_k \\int p_k
 
-    An anatomy pulled back by exp(τ w), π(exp(τ w)(x)), has lost the share 1 - exp(-τ) of each of its tissues, to
-    first order in τ (τ = 0.1 is a loss of about 10 %): the a_k solve the second equation with r = 1 for tissues
-    and 0 for what is neither tissue nor fluid, so that the head keeps its size. Σ_k a_k ∫ p_k³ = 0, and nothing
-    flows through the boundary of the grid. The cubes put sources and sinks where a class dominates.
+    The a_k solve the second equation with r = 1 for each tissue and 0 for what is neither tissue nor fluid,
+    so that the head keeps its size. Σ_k a_k ∫ p_k³ = 0, and nothing flows through the boundary of the grid.
+    The cubes put sources and sinks where a class dominates. The loss is measured in the atlas as it is, and
+    follows there to interpolation's accuracy; in a deformed head it is nearly the same, and ``volumes_ml``
+    has the truth.
 
     Arguments:
-        tissues: what shrinks, each at the same rate.
+        tissues: what shrinks.
         fluid: what grows.
-        spacing_mm: of the velocity's grid.
-
-    Returns:
-        w on a grid over the atlas's field of view, mm per unit of τ.
+        spacing_mm: of the velocity's grid, over the atlas's field of view.
 
     References:
         B. Karaçali and C. Davatzikos, Simulation of tissue atrophy using a topology preserving transformation
@@ -51,19 +71,41 @@ def atrophy_velocity(
     rest = [name for name in atlas.names if name not in (*tissues, *fluid)]
     groups = [*([name] for name in tissues), *([rest] if rest else [])]
     coarse = atlas.resampled([max(spacing_mm, h) for h in atlas.grid.spacing])
+    fine = atlas.resampled([max(spacing_mm / 1.5, h) for h in atlas.grid.spacing])
     sink = _group(coarse, fluid) ** 3
+    maps = torch.stack([_group(fine, group).float() for group in groups])
+    slopes = torch.stack([_gradient(probability, fine.grid) for probability in maps])
     flows, changes = [], []
-    fine = [_group(atlas, group) for group in groups]
-    slopes = torch.stack([_gradient(probability, atlas.grid) for probability in fine])
     for group in groups:  # a class each: few
         source = _group(coarse, group) ** 3
-        flow = _potential_flow(source / source.sum() - sink / sink.sum(), coarse.grid)
+        flow = _potential_flow(source / source.sum() - sink / sink.sum(), coarse.grid).float()
+        dense = average_onto(flow, coarse.grid, fine.grid)
         flows.append(flow)
-        dense = average_onto(flow, coarse.grid, atlas.grid)
-        changes.append(torch.einsum("kb...,b...->k", slopes, dense))
-    wanted = torch.stack([-p.sum() if len(g) == 1 and g[0] in tissues else p.sum() * 0 for g, p in zip(groups, fine, strict=True)])
+        changes.append(torch.stack([(slope * dense).sum(dtype=torch.float64) for slope in slopes]))
+    wanted = -maps.flatten(1).sum(-1, dtype=torch.float64)
+    wanted[len(tissues) :] = 0
     amounts = torch.linalg.solve(torch.stack(changes, -1), wanted)
-    return Velocity(coarse.grid, torch.einsum("k,kb...->b...", amounts, torch.stack(flows)).float())
+    velocity = Velocity(coarse.grid, torch.einsum("k,kb...->b...", amounts.float(), torch.stack(flows)))
+    return AtrophyFlow(velocity, *_losses(velocity, maps[: len(tissues)].sum(0), fine.grid))
+
+
+def _losses(velocity: Velocity, tissue: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """τ and the loss of tissue that exp(τ w) causes, at a few τ."""
+    # Points away from the voxels' centres, where linear interpolation has its kinks, see a map as a moved
+    # head does.
+    jitter = torch.rand(*grid.shape, grid.ndim, generator=stream(0, "jitter")) - 0.5
+    points = grid.coordinates() + jitter @ grid.affine[:-1, :-1].T.float()
+
+    def total(transform: Transform | None) -> float:
+        where = points if transform is None else transform(points)
+        return float(sample(tissue[None], grid, where, fill="edge").sum(dtype=torch.float64))
+
+    whole, pairs = total(None), [(0.0, 0.0)]
+    for time in (0.05, 0.1, 0.2, 0.4):
+        flow = Velocity(velocity.grid, time * velocity.field).exp()
+        pairs += [(time, -math.log(total(flow) / whole)), (-time, -math.log(total(flow.inverse()) / whole))]
+    times, losses = zip(*sorted(pairs), strict=True)
+    return torch.tensor(times, dtype=torch.float64), torch.tensor(losses, dtype=torch.float64)
 
 
 def _group(atlas: LabelAtlas, names: Sequence[str]) -> Tensor:
@@ -73,7 +115,7 @@ def _group(atlas: LabelAtlas, names: Sequence[str]) -> Tensor:
 def _gradient(values: Tensor, grid: Grid) -> Tensor:
     """Derivatives along the world's axes, ``(d, *shape)``."""
     slopes = torch.stack(torch.gradient(values))
-    return torch.einsum("a...,ab->b...", slopes, grid.inverse_affine[: grid.ndim, : grid.ndim])
+    return torch.einsum("a...,ab->b...", slopes, grid.inverse_affine[: grid.ndim, : grid.ndim].to(values))
 
 
 def _potential_flow(source: Tensor, grid: Grid) -> Tensor:
@@ -130,7 +172,7 @@ def draw_lesions(
 class Anatomy:
     """One simulated body: a deformed atlas and the labels drawn from it.
 
-    .. math:: \\pi(x) = T(\\exp(\\tau w) \\circ \\exp(v) \\circ A\\, x)
+    .. math:: \\pi(x) = T(\\psi \\circ \\exp(v) \\circ A\\, x)
 
     Arguments:
         atlas: T.

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from probmed.atlases import LabelAtlas, default_atlas
-from probmed.simulation.anatomies import Anatomy, atrophy_velocity
+from probmed.simulation.anatomies import Anatomy, atrophy_flow
 from probmed.simulation.contrasts import stream
 from probmed.simulation.subjects import SimulatedSubject, scan
 
@@ -46,7 +46,7 @@ def simulate_cohort(
 
     .. math:: \\tau_i(a) = r_i (a - a_{ref}), \\quad r_i \\sim N(r, sd^2)
 
-    A subject's visits are scans of one anatomy that flows along ``atrophy_velocity``: the follow-up is the
+    A subject's visits are scans of one anatomy that flows along ``atrophy_flow``: the follow-up is the
     baseline deformed by a known diffeomorphism, in a new position, with new bias and noise.
 
     Arguments:
@@ -64,7 +64,7 @@ def simulate_cohort(
         raise ValueError(f"expected at least one subject and one visit, got {n} and {visits}")
     atlas = default_atlas() if atlas is None else atlas
     atlas = atlas.stripped() if stripped else atlas
-    shrinking, grid = atrophy_velocity(atlas), atlas.grid.at_spacing(spacing_mm)
+    shrinking, grid = atrophy_flow(atlas), atlas.grid.at_spacing(spacing_mm)
     people = stream(seed, "people")
     first_ages = ages[0] + (ages[1] - ages[0]) * torch.rand(n, generator=people)
     rates = atrophy_rate + atrophy_rate_sd * torch.randn(n, generator=people)

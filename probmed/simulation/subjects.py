@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probmed.atlases import LabelAtlas, default_atlas
 from probmed.grids import Grid
-from probmed.simulation.anatomies import Anatomy, atrophy_velocity, position_of
+from probmed.simulation.anatomies import Anatomy, AtrophyFlow, atrophy_flow, position_of
 from probmed.simulation.contrasts import (
     NOISES,
     Appearance,
@@ -22,7 +22,7 @@ from probmed.simulation.contrasts import (
     draw_bias,
     stream,
 )
-from probmed.transforms import Transform, Velocity
+from probmed.transforms import Transform
 from probmed.volumes import Volume
 
 
@@ -42,7 +42,8 @@ class SimulatedSubject:
         appearance: the Gaussians, in the layout of ``LabelMixture``.
         lesion_fraction: ``(*shape)`` share of each voxel that is lesion, or None. Labels and volumes name the
             tissue underneath.
-        atrophy: τ, minus the log of the share of tissue that is left.
+        atrophy: minus the log of the share of GM and WM that is left of what the anatomy had (see
+            ``atrophy_flow``).
         seed, session: what it was simulated with.
     """
 
@@ -115,7 +116,7 @@ def simulate_subject(
 ) -> SimulatedSubject:
     """A scan with known truth: anatomy from an atlas, imaged.
 
-    The story. π = T∘φ with φ = exp(τ w) ∘ exp(v) ∘ A; S ~ labels(π); ideal = Gaussian of S at each voxel;
+    The story. π = T∘φ with φ = ψ ∘ exp(v) ∘ A; S ~ labels(π); ideal = Gaussian of S at each voxel;
     image = b · ideal. With ``labels="independent"`` and the rest as it is by default this is exactly the
     model of classical segmentation. Departures from it, to be chosen: smooth labels, noise that is not
     Gaussian, partial volume, lesions, atrophy.
@@ -138,14 +139,14 @@ def simulate_subject(
         noise_sd: in units in which white matter in T1 is 1.
         subsamples: points along each axis of a voxel at which labels are drawn; above 1 voxels hold fractions
             of classes (partial volume).
-        atrophy: τ, share of GM and WM lost (see ``atrophy_velocity``).
+        atrophy: a, for an anatomy that keeps the share exp(-a) of its GM and WM; ψ is ``atrophy_flow`` at a.
         session: another acquisition of the same anatomy: position, bias, noise and independent labels differ.
 
     Raises:
         ValueError: for an option out of range.
 
     >>> from probmed.atlases import default_atlas
-    >>> head = simulate_subject(default_atlas(spacing_mm=8.0, cache=False), spacing_mm=8.0, seed=1)
+    >>> head = simulate_subject(default_atlas(spacing_mm=8.0), spacing_mm=8.0, seed=1)
     >>> sorted(head.volumes_ml)
     ['CSF', 'GM', 'WM', 'air', 'bone', 'soft']
     """
@@ -164,7 +165,7 @@ def simulate_subject(
         lesions=lesions,
         lesion_radius_mm=lesion_radius_mm,
     )
-    shrinking = None if atrophy == 0 else atrophy_velocity(atlas)
+    shrinking = None if atrophy == 0 else atrophy_flow(atlas)
     return scan(
         anatomy,
         atlas.grid.at_spacing(spacing_mm) if grid is None else grid,
@@ -195,11 +196,11 @@ def scan(
     noise_sd: float = 0.02,
     subsamples: int | Sequence[int] = 1,
     atrophy: float = 0.0,
-    shrinking: Velocity | None = None,
+    shrinking: AtrophyFlow | None = None,
     session: int = 0,
 ) -> SimulatedSubject:
-    """One acquisition of an anatomy; the arguments are those of ``simulate_subject``, ``shrinking`` is w for
-    one unit of atrophy.
+    """One acquisition of an anatomy. The arguments are those of ``simulate_subject``; ``shrinking`` is the
+    flow along which ``atrophy`` goes.
     """
     if noise not in NOISES or noise_sd < 0 or bias_sd < 0:
         raise ValueError(
@@ -209,16 +210,12 @@ def scan(
     if len(counts) != grid.ndim or min(counts) < 1:
         raise ValueError(f"expected {grid.ndim} positive subsamples, got {subsamples}")
     if atrophy != 0 and shrinking is None:
-        raise ValueError("atrophy needs the velocity that it follows: see atrophy_velocity")
+        raise ValueError("atrophy needs the flow that it follows: see atrophy_flow")
     contrasts = [contrast] if isinstance(contrast, str | Mapping) else list(contrast)
     atlas, seed = anatomy.atlas, anatomy.seed
     within = noise_sd if noise == "gaussian" else 0.0
     appearance = appearance_of(contrasts, atlas.names, within, stream(seed, "contrast"))
-    flow = (
-        None
-        if shrinking is None or atrophy == 0
-        else Velocity(shrinking.grid, atrophy * shrinking.field).exp()
-    )
+    flow = None if shrinking is None or atrophy == 0 else shrinking.at(atrophy)
     transform = anatomy.transform(position_of(seed, session, anatomy, translation_mm, rotation), flow)
 
     probabilities, fractions, lesion = _anatomy_on(anatomy, grid, transform, counts, session)
