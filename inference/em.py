@@ -83,7 +83,7 @@ class _Whitener:
         self.value, self.field = value.detach(), base if isinstance(base, GaussianField) else None
         self.scale = torch.ones_like(value)
         if self.field is not None:
-            self.scale = self.field.eigenvalues.rsqrt().unsqueeze(-len(self.field.shape) - 1).expand_as(value)
+            self.scale = self.field.eigenvalues.rsqrt().unsqueeze(-len(self.field.grid_shape) - 1).expand_as(value)
         elif hasattr(base, "stddev"):
             self.scale = base.stddev.detach().expand_as(value)
 
@@ -94,12 +94,12 @@ class _Whitener:
     def __call__(self, u: Tensor) -> Tensor:
         if self.field is None:
             return self.value + self.scale * u
-        d = len(self.field.shape)
+        d = len(self.field.grid_shape)
         return self.value + idct(self.scale * u, d)
 
     def pull(self, gradient: Tensor) -> Tensor:
         """The gradient in whitened coordinates."""
-        return self.scale * (gradient if self.field is None else dct(gradient, len(self.field.shape)))
+        return self.scale * (gradient if self.field is None else dct(gradient, len(self.field.grid_shape)))
 
 
 def ascend(

@@ -54,7 +54,7 @@ def laplace_draws(
     if scores.field is None or scores.nodes is None or scores.slopes is None:
         return torch.cholesky_solve(right_dense, root).T.to(scores.dense), None
 
-    shape, d, total = scores.field.shape, scores.slopes.shape[-1], scores.field.event_shape[1:].numel()
+    shape, d, total = scores.field.grid_shape, scores.slopes.shape[-1], scores.field.event_shape[1:].numel()
     single = {"dtype": torch.float32, "device": dense.device}
     slopes, nodes = scores.slopes.float(), scores.nodes
     eigenvalues = scores.field.eigenvalues.to(**single)

@@ -170,14 +170,14 @@ class LabelMixture(TorchDistribution):
             raise ValueError(f"expected log_prior of shape (*batch, K, *shape) with {batch_ndim} batch axes, got {tuple(log_prior.shape)}")
         if not 0 <= outlier < 1 or outlier_density <= 0:
             raise ValueError(f"expected 0 <= outlier < 1 and outlier_density > 0, got {outlier} and {outlier_density}")
-        self.shape = torch.Size(log_prior.shape[batch_ndim + 1 :])
+        self.grid_shape = torch.Size(log_prior.shape[batch_ndim + 1 :])
         self.labels = log_prior.shape[batch_ndim]
         if int(owner.min()) < 0 or int(owner.max()) >= self.labels:
             raise ValueError(f"expected owners between 0 and {self.labels - 1}, got {owner.tolist()}")
         self.log_prior, self.mixing, self.means, self.covariances, self.owner = log_prior, mixing, means, covariances, owner
         self.log_bias, self.outlier, self.outlier_density, self.coupling = log_bias, float(outlier), float(outlier_density), coupling
         batch = torch.broadcast_shapes(log_prior.shape[:batch_ndim], means.shape[:-2])
-        super().__init__(batch, torch.Size((channels, *self.shape)), validate_args=validate_args)
+        super().__init__(batch, torch.Size((channels, *self.grid_shape)), validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -185,10 +185,10 @@ class LabelMixture(TorchDistribution):
 
     # Inside, voxels are one axis: (*batch, rows, N).
     def _flat(self, x: Tensor) -> Tensor:
-        return x.flatten(-len(self.shape))
+        return x.flatten(-len(self.grid_shape))
 
     def _unflat(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, self.shape)
+        return x.unflatten(-1, self.grid_shape)
 
     def _corrected(self, image: Tensor) -> Tensor:
         if self.log_bias is None:
@@ -235,11 +235,11 @@ class LabelMixture(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self.coupling is None:
-            return self.voxel_log_prob(value).flatten(-len(self.shape)).sum(-1)
+            return self.voxel_log_prob(value).flatten(-len(self.grid_shape)).sum(-1)
         values = self._corrected(value)
         unary = self._unflat(self._flat(self.log_prior) + self._label_log_likelihood(values))
         jacobian = self._log_jacobian(value, values)
-        return self.coupling.bound(unary, -len(self.shape) - 1) + (jacobian.sum(-1) if jacobian.ndim else jacobian)
+        return self.coupling.bound(unary, -len(self.grid_shape) - 1) + (jacobian.sum(-1) if jacobian.ndim else jacobian)
 
     @torch.no_grad()
     def posterior(self, image: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class LabelMixture(TorchDistribution):
         return self._marginals(self._unary(image))
 
     def _marginals(self, unary: Tensor) -> Tensor:
-        dim = -len(self.shape) - 1
+        dim = -len(self.grid_shape) - 1
         return unary.softmax(dim) if self.coupling is None else self.coupling.mean_field(unary, dim)
 
     def _unary(self, image: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class LabelMixture(TorchDistribution):
     def sample_labels(self, image: Tensor, count: int = 1, sweeps: int = 10) -> Tensor:
         """Draws of S from p(S | I): exact where labels are independent given the image; with a coupling, ``sweeps`` red–black Gibbs sweeps from a
         draw of the mean field. ``(count, *batch, *shape)`` int64."""
-        unary, dim = self._unary(image), -len(self.shape) - 1
+        unary, dim = self._unary(image), -len(self.grid_shape) - 1
         return torch.stack([self._draw_labels(unary, dim, sweeps) for _ in range(count)])
 
     def _draw_labels(self, unary: Tensor, dim: int, sweeps: int) -> Tensor:
@@ -285,8 +285,8 @@ class LabelMixture(TorchDistribution):
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | Sequence[int] = ()) -> Tensor:
         lead = torch.Size(sample_shape) + self.batch_shape
-        dim = -len(self.shape) - 1
-        labels = self._flat(self._draw_labels(self.log_prior.expand(lead + self.log_prior.shape[-len(self.shape) - 1 :]), dim, 10))
+        dim = -len(self.grid_shape) - 1
+        labels = self._flat(self._draw_labels(self.log_prior.expand(lead + self.log_prior.shape[-len(self.grid_shape) - 1 :]), dim, 10))
         # A Gaussian of the label: among all G, those of other labels have probability zero.
         foreign = self.owner != labels.unsqueeze(-1)
         logits = self.mixing.log().unsqueeze(-2).expand(*lead, 1, -1).masked_fill(foreign, -torch.inf)
@@ -306,7 +306,7 @@ class LabelMixture(TorchDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: LabelMixture | None = None) -> LabelMixture:
         batch = torch.Size(batch_shape)
-        tail = len(self.shape) + 1
+        tail = len(self.grid_shape) + 1
 
         def grow(x: Tensor, event: int) -> Tensor:
             return x.expand(batch + x.shape[x.ndim - event :])

@@ -112,15 +112,15 @@ class GaussianField(TorchDistribution):
         loc: Tensor | float = 0.0,
         validate_args: bool | None = None,
     ) -> None:
-        self.shape, self.spacing = tuple(int(n) for n in shape), tuple(float(h) for h in spacing)
+        self.grid_shape, self.spacing = tuple(int(n) for n in shape), tuple(float(h) for h in spacing)
         self.alpha, self.channels = float(alpha), int(channels)
-        if len(self.shape) != len(self.spacing) or min(self.spacing) <= 0 or self.alpha <= 0:
-            raise ValueError(f"expected a positive spacing for each axis of {self.shape} and alpha > 0, got {spacing}, {alpha}")
+        if len(self.grid_shape) != len(self.spacing) or min(self.spacing) <= 0 or self.alpha <= 0:
+            raise ValueError(f"expected a positive spacing for each axis of {self.grid_shape} and alpha > 0, got {spacing}, {alpha}")
         dtype = next((a.dtype for a in (strength, kappa, loc) if isinstance(a, Tensor)), torch.get_default_dtype())
         device = next((a.device for a in (strength, kappa, loc) if isinstance(a, Tensor)), None)
         strength, kappa = (torch.as_tensor(a, dtype=dtype, device=device) for a in (strength, kappa))
         self.strength, self.kappa = torch.broadcast_tensors(strength, kappa)
-        event = torch.Size((self.channels, *self.shape))
+        event = torch.Size((self.channels, *self.grid_shape))
         self.loc = torch.as_tensor(loc, dtype=dtype, device=device).expand(self.strength.shape + event)
         if bool((self.strength <= 0).any()) or bool((self.kappa <= 0).any()):
             raise ValueError(f"expected strength > 0 and kappa > 0, got {strength.tolist()} and {kappa.tolist()}")
@@ -142,24 +142,24 @@ class GaussianField(TorchDistribution):
         """
         unit = cls(shape, spacing, 1.0, 1 / torch.as_tensor(length_mm), alpha, channels)
         mean_variance = 1 / unit.eigenvalues
-        mean_variance = mean_variance.flatten(-len(unit.shape)).mean(-1)
+        mean_variance = mean_variance.flatten(-len(unit.grid_shape)).mean(-1)
         return cls(shape, spacing, mean_variance / torch.as_tensor(sd) ** 2, 1 / torch.as_tensor(length_mm), alpha, channels)
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, 1 + len(self.shape))
+        return constraints.independent(constraints.real, 1 + len(self.grid_shape))
 
     @property
     def eigenvalues(self) -> Tensor:
         """Eigenvalues of the precision, ``(*batch, *shape)``, the same for every channel."""
-        d = len(self.shape)
-        laplacian = laplacian_eigenvalues(self.shape, self.spacing).to(self.strength)
+        d = len(self.grid_shape)
+        laplacian = laplacian_eigenvalues(self.grid_shape, self.spacing).to(self.strength)
         kappa, strength = (a.reshape(*a.shape, *[1] * d) for a in (self.kappa, self.strength))
         return strength * (laplacian + kappa**2) ** self.alpha
 
     def _channelwise(self, x: Tensor, power: float) -> Tensor:
-        scale = self.eigenvalues.unsqueeze(-len(self.shape) - 1)
-        return idct(dct(x, len(self.shape)) * scale**power, len(self.shape))
+        scale = self.eigenvalues.unsqueeze(-len(self.grid_shape) - 1)
+        return idct(dct(x, len(self.grid_shape)) * scale**power, len(self.grid_shape))
 
     @property
     def mean(self) -> Tensor:
@@ -168,8 +168,8 @@ class GaussianField(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """Marginal variance at each voxel, ``(*batch, C, *shape)``: Σ_k B_vk² / λ_k, larger at the free boundary than inside."""
-        d = len(self.shape)
-        squared = [cosine_basis(n, None, self.strength.dtype, str(self.strength.device)) ** 2 for n in self.shape]
+        d = len(self.grid_shape)
+        squared = [cosine_basis(n, None, self.strength.dtype, str(self.strength.device)) ** 2 for n in self.grid_shape]
         variance = _along_axes(1 / self.eigenvalues, squared)
         return variance.unsqueeze(-d - 1).expand(self.batch_shape + self.event_shape)
 
@@ -191,12 +191,12 @@ class GaussianField(TorchDistribution):
 
     def log_det_precision(self) -> Tensor:
         """log |Λ| over all channels, ``(*batch,)``."""
-        return self.channels * self.eigenvalues.log().flatten(-len(self.shape)).sum(-1)
+        return self.channels * self.eigenvalues.log().flatten(-len(self.grid_shape)).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        d = len(self.shape)
+        d = len(self.grid_shape)
         coefficients = dct(value - self.loc, d)
         squares = (coefficients**2 * self.eigenvalues.unsqueeze(-d - 1)).flatten(-d - 1).sum(-1)
         count = self.event_shape.numel()
@@ -205,7 +205,7 @@ class GaussianField(TorchDistribution):
     def rsample(self, sample_shape: torch.Size | Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape + self.event_shape
         white = torch.randn(shape, dtype=self.strength.dtype, device=self.strength.device)
-        d = len(self.shape)
+        d = len(self.grid_shape)
         # White noise is white in any orthonormal basis: draw in the DCT's, and transform once.
         return idct(white * self.eigenvalues.unsqueeze(-d - 1) ** -0.5, d) + self.loc
 
@@ -215,7 +215,7 @@ class GaussianField(TorchDistribution):
     def expand(self, batch_shape: Sequence[int], _instance: GaussianField | None = None) -> GaussianField:
         batch = torch.Size(batch_shape)
         return GaussianField(
-            self.shape,
+            self.grid_shape,
             self.spacing,
             self.strength.expand(batch),
             self.kappa.expand(batch),

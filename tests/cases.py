@@ -116,9 +116,9 @@ LABEL_PRIORS: dict[str, tuple[Callable[[], LabelPrior], frozenset[str]]] = {
         ),
         frozenset({"affine", "velocity"}),
     ),
-    "markov": (lambda: MarkovField(FixedAtlas(tiny_atlas()), 0.3, sweeps=40), frozenset()),
+    "markov": (lambda: MarkovField(FixedAtlas(tiny_atlas()), 0.3, sweeps=20), frozenset()),
     "markov_deformable": (
-        lambda: MarkovField(DeformableAtlas(tiny_atlas(), "default", SmoothVelocity(velocity_grid())), 0.3, sweeps=40),
+        lambda: MarkovField(DeformableAtlas(tiny_atlas(), "default", SmoothVelocity(velocity_grid())), 0.3, sweeps=20),
         frozenset({"affine", "velocity"}),
     ),
 }  # fmt: skip

@@ -68,7 +68,7 @@ def gaussian(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
 
 def options(m: LabelMixture, image: Tensor) -> list[list[tuple[int, int, float]]]:
     """For each voxel, every explanation: (label, Gaussian or -1 for an outlier, joint density)."""
-    channels, n = m.means.shape[-1], math.prod(m.shape)
+    channels, n = m.means.shape[-1], math.prod(m.grid_shape)
     log_bias = torch.zeros(channels, n) if m.log_bias is None else m.log_bias.reshape(channels, n)
     flat, prior = image.reshape(channels, n).numpy(), m.log_prior.reshape(m.labels, n).exp().numpy()
     out = []
@@ -285,6 +285,7 @@ def test_batched_mixtures_and_expansion_are_stacks_of_single_ones() -> None:
     assert stacked.sample_labels(image, 5).shape == (5, 3, 2, 2)
     grown = stacked.expand((2, 3))
     assert grown.batch_shape == (2, 3)
+    assert grown.shape((4,)) == (4, 2, 3, 2, 2, 2)
     torch.testing.assert_close(grown.log_prob(image), stacked.log_prob(image).expand(2, 3))
     assert grown.sample().shape == (2, 3, 2, 2, 2)
 

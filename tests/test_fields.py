@@ -197,6 +197,12 @@ def test_batches_and_expansion_are_stacks_of_single_fields() -> None:
     torch.testing.assert_close(grown.log_prob(value), field.log_prob(value).expand(4, 3))
 
 
+def test_pyro_s_shape_of_a_draw_is_not_hidden_by_the_grid_s() -> None:
+    field = GaussianField((3, 4), (1.0, 2.0), channels=2).expand((5,))
+    assert field.grid_shape == (3, 4)
+    assert field.shape((7,)) == (7, 5, 2, 3, 4)
+
+
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 2.0, 1.0)])
 def test_from_sd_sets_the_mean_marginal_variance_on_any_spacing(spacing: tuple[float, ...]) -> None:
     field = GaussianField.from_sd((8, 6, 7), spacing, sd=3.0, length_mm=4.0, channels=3)
