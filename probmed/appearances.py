@@ -15,7 +15,7 @@ from probmed.distributions import Coupling, InverseWishart, LabelMixture
 from probmed.fields import _along_axes
 from probmed.grids import Grid, MaskedGrid
 
-GAUSSIANS = {"GM": 1, "WM": 1, "CSF": 2, "bone": 3, "soft": 4, "air": 2, "background": 3}
+GAUSSIANS = {"GM": 2, "WM": 2, "CSF": 1, "bone": 3, "soft": 4, "air": 2, "background": 3}
 """Gaussians for each label by name, after SPM's unified segmentation; one for names that are not here."""
 
 
@@ -83,7 +83,7 @@ class BiasField(PyroModule):
 
     def evaluate(self, coefficients: Tensor, grid: Grid | MaskedGrid) -> Tensor:
         """log β, ``(*batch, C, *shape)``, of coefficients ``(*batch, C, M)``."""
-        full = torch.cat([torch.zeros_like(coefficients[..., :1]), coefficients], -1)
+        full = torch.cat([coefficients.new_zeros(*coefficients.shape[:-1], 1), coefficients], -1)
         return grid.gather(_along_axes(full.unflatten(-1, self.counts(grid)), self.bases(grid, coefficients)))
 
     def functions(self, grid: Grid | MaskedGrid, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from probmed.transforms import Affine
 from probmed.volumes import UnusableInput, Volume
 
 _CONSTANT_SHARE = 0.15
+_LARGEST_BRAIN_LITRES = 2.3
 _SHELL_MM = (6.0, 18.0)
 
 
@@ -78,7 +79,8 @@ def prepare(
     bare, shell = atlas.stripped(), torch.zeros(())
     # A scanner's background is noise; an exactly constant one was made by software, which may have removed the skull as well.
     constant = first == first.min()
-    suspicious = float(constant.float().mean()) > _CONSTANT_SHARE
+    litres = float((~constant).sum()) * coarse_grid.voxel_volume / 1e6
+    suspicious = float(constant.float().mean()) > _CONSTANT_SHARE and litres < _LARGEST_BRAIN_LITRES
     start = align(first, coarse_grid, bare if suspicious else atlas, seed=seed).matrix
     stripped = False
     if suspicious:

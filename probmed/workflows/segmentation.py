@@ -163,7 +163,7 @@ def segment(
     clock.lap("posterior")
 
     tell("draws", 0.7)
-    samples = draw_latents(model, mode.state, prepared, draws, seed)
+    samples = draw_latents(model, mode.state, prepared, draws, seed) if draws else {}
     volume_draws = draw_volumes(model, mode.state, samples, prepared, posterior, seed) if draws else posterior.volumes_ml[None]
     clock.lap("draws")
     tell("done", 1.0)
@@ -450,7 +450,7 @@ def draw_label_maps(
     box = _bounding_box(seen)
     part = prepared.grid.cropped([s.start for s in box], [s.stop for s in box])
     out = torch.zeros(count, *prepared.grid.shape, dtype=torch.int64, device=indices.device)
-    available = len(samples["means"])
+    available = len(samples.get("means", ()))
     for i in range(count):
         latents = {name: sample[i % available] for name, sample in samples.items()} if available else state
         drawn = model.mixture(latents, part).sample_labels(prepared.image[(slice(None), *box)])[0]
