@@ -35,19 +35,25 @@ def oblique_grid(d: int = 3, size: int = 6) -> Grid:
     return Grid(shape, affine)
 
 
-def tiny_atlas(d: int = 3, size: int = 7) -> LabelAtlas:
+def tiny_atlas(d: int = 3, size: int = 7, spacing_mm: float = 5.0, sharpness: float = 1.0) -> LabelAtlas:
     """Three nested, smooth labels on an axis-aligned grid that covers ``oblique_grid``."""
-    grid = Grid.from_spacing((size, size + 1, size - 1)[:d], (5.0, 5.5, 6.0)[:d])
+    spacing = (spacing_mm, 1.1 * spacing_mm, 1.2 * spacing_mm)[:d]
+    grid = Grid.from_spacing((size, size + 1, size - 1)[:d], spacing)
     x = grid.coordinates(torch.get_default_dtype())
     radius = (x**2).sum(-1).sqrt()
     # Nothing is symmetric, so that every direction of a deformation has a gradient.
     bump = 0.05 * x[..., 0] + 0.3 * torch.sin(0.2 * x[..., 1] + 0.1 * x[..., -1])
     logits = torch.stack([-(((radius - 9) / 4) ** 2) / 2, 1 - radius / 6 + bump, radius / 7 - 2 + 0.3 * bump])
-    return LabelAtlas(NAMES, logits.softmax(0), grid, brain=("GM", "WM"))
+    return LabelAtlas(NAMES, (sharpness * logits).softmax(0), grid, brain=("GM", "WM"))
 
 
 def velocity_grid(d: int = 3) -> Grid:
     return Grid.from_spacing((4, 4, 3)[:d], 11.0)
+
+
+def similarity_prior() -> AffinePrior:
+    """About a start that is not the identity."""
+    return AffinePrior(count=7, start=Affine.exp(torch.full((6,), 0.05)).matrix)
 
 
 @dataclass(frozen=True)
@@ -111,17 +117,17 @@ LABEL_PRIORS: dict[str, tuple[Callable[[], LabelPrior], frozenset[str]]] = {
         frozenset({"velocity"}),
     ),
     "deformable": (
-        lambda: DeformableAtlas(
-            tiny_atlas(), AffinePrior(count=7, start=Affine.exp(torch.full((6,), 0.05)).matrix), SmoothVelocity(velocity_grid())
-        ),
+        lambda: DeformableAtlas(tiny_atlas(), similarity_prior(), SmoothVelocity(velocity_grid())),
         frozenset({"affine", "velocity"}),
     ),
     "markov": (lambda: MarkovField(FixedAtlas(tiny_atlas()), 0.3, sweeps=20), frozenset()),
     "markov_deformable": (
-        lambda: MarkovField(DeformableAtlas(tiny_atlas(), "default", SmoothVelocity(velocity_grid())), 0.3, sweeps=20),
+        lambda: MarkovField(
+            DeformableAtlas(tiny_atlas(), "default", SmoothVelocity(velocity_grid())), 0.3, sweeps=20
+        ),
         frozenset({"affine", "velocity"}),
     ),
-}  # fmt: skip
+}
 
 APPEARANCES: dict[str, tuple[Callable[[], GaussianMixture], int]] = {
     "one_gaussian": (lambda: GaussianMixture([1, 1, 1], outlier=0.0), 1),
