@@ -29,7 +29,8 @@ State = dict[str, Tensor]
 class ClosedForm(Protocol):
     """A model with closed-form steps for some of its sites."""
 
-    closed_form_sites: Sequence[str]
+    @property
+    def closed_form_sites(self) -> Sequence[str]: ...
 
     def __call__(self, *data: Any) -> Any: ...
 

@@ -106,7 +106,7 @@ def test_bias_prior_has_the_stated_sd_and_damps_high_frequencies() -> None:
 def test_bias_draws_its_prior_and_a_single_cosine_makes_none() -> None:
     bias = BiasField(cutoff_mm=12.0, sd=0.4, channels=2)
     trace = poutine.trace(bias).get_trace(GRID)
-    value = trace.nodes["bias"]["value"]
+    value: Tensor = trace.nodes["bias"]["value"]  # type: ignore[assignment]
     torch.testing.assert_close(trace.nodes["_RETURN"]["value"], bias.evaluate(value, GRID))
     normal = torch.distributions.Normal(0.0, bias.prior_sd(GRID).expand(2, -1)).log_prob(value).sum()
     torch.testing.assert_close(trace.log_prob_sum(), normal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_mixture_is_the_sum_over_every_labelling_and_component(kind: str, outlie
             posterior[k, v] += joint
             if g >= 0:
                 responsibilities[g, v] += joint
-    close = {"rtol": 1e-9, "atol": 1e-9}
+    close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
     assert m.log_prob(image).item() == pytest.approx(math.log(total), abs=1e-9)
     torch.testing.assert_close(m.posterior(image).flatten(1), torch.tensor(posterior / total), **close)
     expected = torch.tensor(responsibilities / total)
@@ -266,12 +267,9 @@ def test_label_draws_follow_the_exact_posterior(kind: str) -> None:
 
 def test_batched_mixtures_and_expansion_are_stacks_of_single_ones() -> None:
     singles = [mixture(bias=True) for _ in range(3)]
-    names = ("log_prior", "mixing", "means", "covariances")
-    stacked = LabelMixture(
-        *[torch.stack([getattr(s, name) for s in singles]) for name in names],
-        singles[0].owner,
-        torch.stack([s.log_bias for s in singles if s.log_bias is not None]),
-    )
+    names = ("log_prior", "mixing", "means", "covariances", "log_bias")
+    parts: dict[str, Any] = {name: torch.stack([getattr(s, name) for s in singles]) for name in names}
+    stacked = LabelMixture(owner=singles[0].owner, **parts)
     assert stacked.batch_shape == (3,)
     assert stacked.event_shape == (2, 2, 2)
     image = torch.randn(3, 2, 2, 2)

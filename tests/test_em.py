@@ -64,7 +64,7 @@ def simulated(
     bias = BiasField(cutoff_mm=60.0, sd=0.15, channels=channels) if biased else None
     appearance = GaussianMixture([1] * len(NAMES), channels)
     model = Segmentation(labels(), appearance, bias, tempering=0.5)
-    trace = pyro.poutine.trace(model).get_trace(None, GRID)
+    trace: Any = pyro.poutine.trace(model).get_trace(None, GRID)
     truth = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != "image"}
     truth["affine"] = 0.1 * truth["affine"] if "affine" in truth else torch.zeros(0)
     if not truth["affine"].numel():

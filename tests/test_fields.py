@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import scipy.fft
@@ -103,7 +104,7 @@ def test_density_determinant_and_variance_are_those_of_the_dense_gaussian(
     covariance = torch.linalg.inv(precision)
     exact = torch.distributions.MultivariateNormal(loc.flatten(), precision_matrix=precision)
     value = torch.randn(3, channels, *shape)
-    close = {"rtol": 1e-9, "atol": 1e-9}
+    close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(field.log_prob(value), exact.log_prob(value.flatten(1)), **close)
     torch.testing.assert_close(field.log_det_precision(), torch.logdet(precision), **close)
     torch.testing.assert_close(field.variance.flatten(), covariance.diagonal(), **close)

@@ -47,11 +47,11 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_model = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
 
 
-def trace_of(component: Any, case: Case, size: int = 0) -> poutine.Trace:
+def trace_of(component: Any, case: Case, size: int = 0) -> Any:
     return poutine.trace(component).get_trace(*case.arguments(size))
 
 
-def latents(trace: poutine.Trace) -> dict[str, Tensor]:
+def latents(trace: Any) -> dict[str, Tensor]:
     return {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != "image"}
 
 

@@ -107,11 +107,12 @@ def test_atlas_extends_beyond_its_edge_as_its_nearest_voxel() -> None:
 def test_probabilities_sum_to_one_and_masked_grids_pick_from_them(name: str) -> None:
     prior = LABEL_PRIORS[name][0]()
     trace = poutine.trace(prior).get_trace(GRID)
-    whole = trace.nodes["_RETURN"]["value"]
+    whole: Tensor = trace.nodes["_RETURN"]["value"]  # type: ignore[assignment]
     assert whole.shape == (3, *GRID.shape)
     torch.testing.assert_close(whole.exp().sum(0), torch.ones(GRID.shape))
     mask = torch.rand(GRID.shape) < 0.4
-    again = poutine.condition(prior, data={n: trace.nodes[n]["value"] for n in trace.stochastic_nodes})
+    state: dict[str, Tensor] = {n: trace.nodes[n]["value"] for n in trace.stochastic_nodes}  # type: ignore[misc]
+    again = poutine.condition(prior, data=state)
     torch.testing.assert_close(again(MaskedGrid(GRID, mask)), whole[:, mask])
 
 
