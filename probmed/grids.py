@@ -126,15 +126,17 @@ class Grid:
     def subsampled(self, steps: Sequence[int]) -> Grid:
         """The grid of every ``steps[a]``-th voxel on axis a, starting at the first."""
         d = self.ndim
-        scale = torch.diag(torch.tensor([float(s) for s in steps] + [1.0], dtype=torch.float64))
         if len(steps) != d or min(steps) < 1:
             raise ValueError(f"expected {d} positive steps, got {tuple(steps)}")
+        scale = torch.diag(torch.tensor([float(s) for s in steps] + [1.0], dtype=torch.float64))
         return Grid(tuple(-(-n // s) for n, s in zip(self.shape, steps, strict=True)), self.affine @ scale)
 
     def at_spacing(self, spacing_mm: float | Sequence[float]) -> Grid:
         """A grid over the same field of view, with the spacing nearest to ``spacing_mm`` that fits whole voxels."""
         d = self.ndim
         wanted = torch.as_tensor(spacing_mm, dtype=torch.float64).expand(d).tolist()
+        if not all(0 < w < math.inf for w in wanted):
+            raise ValueError(f"expected a positive spacing in mm, got {spacing_mm}")
         shape = tuple(max(1, round(n * s / w)) for n, s, w in zip(self.shape, self.spacing, wanted, strict=True))
         ratio = torch.tensor([n / m for n, m in zip(self.shape, shape, strict=True)], dtype=torch.float64)
         affine = self.affine.clone()
@@ -242,8 +244,9 @@ def sample(image: Tensor, grid: Grid, points: Tensor, mode: str = "linear", fill
     """Values of an image at points in the world.
 
     Arguments:
-        image: ``(C, *shape)`` or ``(B, C, *shape)`` on ``grid``.
-        points: world millimetres, ``(*size, d)``; with a batched image also ``(B, *size, d)``.
+        image: ``(C, *shape)`` or ``(B, C, *shape)`` on ``grid``. Integers (labels) are never interpolated: nearest only, exact.
+        points: world millimetres, ``(*size, d)``; with a batched image also ``(B, *size, d)`` (points whose first axis is as long as
+            the batch are taken so; ``(N, d)`` never is).
         mode: ``"linear"`` or ``"nearest"``.
         fill: value outside the field of view (beyond half a voxel from the outermost centres), or ``"edge"`` for the nearest voxel's.
 
@@ -259,12 +262,16 @@ def sample(image: Tensor, grid: Grid, points: Tensor, mode: str = "linear", fill
         raise ValueError(f'mode must be "linear" or "nearest", got {mode!r}')
     if mode == "linear" and _is_channels_last(image) and not image.requires_grad and points.dtype == image.dtype:
         return _sample_channels_last(image, grid, points, fill)
+    if mode == "linear" and not image.is_floating_point():
+        raise ValueError(f'an image of {image.dtype} holds labels, which are not interpolated: use mode "nearest"')
     batched = image.ndim == d + 2
     stack = image if batched else image[None]
     batch = stack.shape[0]
     per_image = batched and points.ndim > 2 and points.shape[0] == batch and batch > 1
     size = tuple(points.shape[1:-1] if per_image else points.shape[:-1])
 
+    if not points.is_floating_point():
+        points = points.to(torch.float32)
     # One matrix takes world millimetres to grid_sample's [-1, 1]; the half-voxel convention also works where an axis has one voxel.
     shape = torch.tensor(grid.shape, dtype=torch.float64)
     normalise = torch.diag(torch.cat([2 / shape, torch.ones(1, dtype=torch.float64)]))
@@ -274,14 +281,28 @@ def sample(image: Tensor, grid: Grid, points: Tensor, mode: str = "linear", fill
     flat = unit.reshape(batch if per_image else 1, *([1] * (d - 1)), -1, d).flip(-1)
     if not per_image:
         flat = flat.expand(batch, *flat.shape[1:])
-    out = functional.grid_sample(
-        stack, flat.to(stack.dtype), mode="bilinear" if mode == "linear" else "nearest", padding_mode="border", align_corners=False
-    ).reshape(batch, stack.shape[1], *size)
+    if image.is_floating_point():
+        out = functional.grid_sample(
+            stack, flat.to(stack.dtype), mode="bilinear" if mode == "linear" else "nearest", padding_mode="border", align_corners=False
+        )
+    else:
+        out = _nearest(stack, flat)
+    out = out.reshape(batch, stack.shape[1], *size)
     if fill != "edge":
         outside = (unit.detach().abs() > 1 + 1e-6).any(-1)
         outside = outside[:, None] if per_image else outside[None, None]
-        out = out.masked_fill(outside, float(fill))
+        out = out.masked_fill(outside, float(fill) if image.is_floating_point() else int(fill))
     return out if batched else out[0]
+
+
+def _nearest(stack: Tensor, flat: Tensor) -> Tensor:
+    """``grid_sample`` with ``mode="nearest"`` for integers ``(B, C, *shape)``, which it does not take, at ``(B, ..., d)`` in [-1, 1]."""
+    shape = stack.shape[2:]
+    index = torch.zeros(flat.shape[:-1], dtype=torch.long, device=flat.device)
+    for axis, n in enumerate(shape):
+        voxel = (((flat[..., -1 - axis] + 1) * n - 1) / 2).round().clamp(0, n - 1).long()
+        index = index * n + voxel
+    return stack.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, stack.shape[1], -1))
 
 
 def channels_last(image: Tensor) -> Tensor:
@@ -345,5 +366,13 @@ def _sample_channels_last(image: Tensor, grid: Grid, points: Tensor, fill: float
 
 
 def resample(image: Tensor, source: Grid, target: Grid, mode: str = "linear", fill: float | str = 0.0) -> Tensor:
-    """An image ``(*batch, C, *source.shape)`` on the voxels of ``target``, both placed in the same world."""
-    return sample(image, source, target.coordinates(image.dtype if image.is_floating_point() else torch.float32, image.device), mode, fill)
+    """An image ``(C, *source.shape)`` or ``(B, C, *source.shape)`` on the voxels of ``target``, both placed in the same world.
+
+    Raises:
+        ValueError: as ``sample``; where the grids differ in their number of axes.
+    """
+    if target.ndim != source.ndim:
+        raise ValueError(f"expected a grid with {source.ndim} axes, got {target.ndim}")
+    points = target.coordinates(image.dtype if image.is_floating_point() else torch.float32, image.device)
+    # As a list, so that an axis as long as the batch is not mistaken for it.
+    return sample(image, source, points.reshape(-1, target.ndim), mode, fill).unflatten(-1, target.shape)
