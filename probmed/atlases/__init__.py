@@ -11,6 +11,7 @@ References:
     before their logarithm).
 """
 
+from probmed.atlases.folders import read_atlas, write_atlas
 from probmed.atlases.labels import BACKGROUNDS, LabelAtlas, average_onto
 from probmed.atlases.mni152 import AtlasRecipe, cache_folder, default_atlas
 
@@ -21,4 +22,6 @@ __all__ = [
     "average_onto",
     "cache_folder",
     "default_atlas",
+    "read_atlas",
+    "write_atlas",
 ]

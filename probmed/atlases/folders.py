@@ -9,13 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
 from torch import Tensor
 
 from probmed.atlases.labels import BACKGROUNDS, LabelAtlas
-from probmed.volumes import UnusableInput, Volume, read_scan
+from probmed.volumes import UnusableInput, Volume, read_scan, write_scan
 
 INDEX = "atlas.json"
 _KEYS = ("names", "maps", "template", "brain", "indices", "colours")
@@ -67,9 +65,7 @@ def read_atlas(folder: str | os.PathLike[str]) -> LabelAtlas:
         path = folder / index["template"]
         volume = read_scan(path)
         if volume.grid != first.grid:
-            raise UnusableInput(
-                path, "is on another grid than the probability maps", "resample it to their grid"
-            )
+            raise UnusableInput(path, "is on another grid than the probability maps", "resample it to their grid")
         low, high = volume.data.min(), volume.data.max()
         template = (volume.data - low) / (high - low)
     brain = index["brain"]
@@ -98,9 +94,7 @@ def write_atlas(atlas: LabelAtlas, folder: str | os.PathLike[str]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UnusableInput(folder, "exists already", "give a new or an empty folder")
     if atlas.grid.ndim != 3:
-        raise UnusableInput(
-            folder, f"would hold an atlas with {atlas.grid.ndim} axes", "write atlases with 3 axes"
-        )
+        raise UnusableInput(folder, f"would hold an atlas with {atlas.grid.ndim} axes", "write atlases with 3 axes")
     index = {
         "names": list(atlas.names),
         "maps": {name: f"label-{name}_probseg.nii.gz" for name in atlas.names},
@@ -109,24 +103,27 @@ def write_atlas(atlas: LabelAtlas, folder: str | os.PathLike[str]) -> None:
         "indices": dict(zip(atlas.names, atlas.indices, strict=True)),
         "colours": dict(zip(atlas.names, atlas.colours, strict=True)),
     }
+    like = Volume.from_grid(atlas.probabilities[0].cpu(), atlas.grid)
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         temporary.chmod(0o755)
         for name, values in zip(atlas.names, atlas.probabilities, strict=True):
-            _write_map(temporary / f"label-{name}_probseg.nii.gz", values, atlas)
+            write_scan(temporary / f"label-{name}_probseg.nii.gz", values.cpu(), like)
         if atlas.template is not None:
-            _write_map(temporary / "template.nii.gz", atlas.template, atlas)
+            write_scan(temporary / "template.nii.gz", atlas.template.cpu(), like)
         (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         os.replace(temporary, folder)
     except OSError as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         fault = f"cannot be written ({error.strerror or error})"
         raise UnusableInput(folder, fault, "free space there or choose another folder") from error
+    finally:
+        # Gone after the rename, there after any failure, one of write_scan's included.
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -145,9 +142,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     index["maps"] = index["maps"] or {}
     names = index["names"]
     if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
-        raise UnusableInput(
-            path, f'has no list of names under "names" (got {names!r})', 'write "names": ["GM", ...]'
-        )
+        raise UnusableInput(path, f'has no list of names under "names" (got {names!r})', 'write "names": ["GM", ...]')
     if len(set(names)) != len(names):
         raise UnusableInput(path, f"names a class twice: {names}", "give each class its own name")
     kinds: dict[str, type] = {"maps": str, "indices": int, "colours": str}
@@ -156,14 +151,10 @@ def _read_index(path: Path) -> dict[str, Any]:
         if value is None:
             continue
         if not isinstance(value, dict) or not all(isinstance(v, kind) for v in value.values()):
-            raise UnusableInput(
-                path, f'needs an object from class to {kind.__name__} under "{key}"', "correct it"
-            )
+            raise UnusableInput(path, f'needs an object from class to {kind.__name__} under "{key}"', "correct it")
         strangers = sorted(set(value) - {*names, *BACKGROUNDS})
         if strangers:
-            raise UnusableInput(
-                path, f'has classes {strangers} under "{key}" that "names" lacks', "correct it"
-            )
+            raise UnusableInput(path, f'has classes {strangers} under "{key}" that "names" lacks', "correct it")
     brain = index["brain"]
     if brain is not None and (not isinstance(brain, list) or not set(map(str, brain)) <= set(names)):
         raise UnusableInput(path, f'lists {brain!r} under "brain", not classes of {names}', "correct it")
@@ -200,9 +191,3 @@ def _completed(maps: Tensor, names: list[str], folder: Path) -> tuple[Tensor, li
             maps = maps.clone()
             maps[names.index(background)] += rest
     return maps / maps.sum(0), names
-
-
-def _write_map(path: Path, values: Tensor, atlas: LabelAtlas) -> None:
-    image = nib.Nifti1Image(values.detach().cpu().numpy().astype(np.float32), atlas.grid.affine.numpy())
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)

@@ -70,9 +70,7 @@ class LabelAtlas:
         if shape != (len(names), *self.grid.shape):
             raise ValueError(f"expected probabilities of shape {(len(names), *self.grid.shape)}, got {shape}")
         if self.template is not None and tuple(self.template.shape) != self.grid.shape:
-            raise ValueError(
-                f"expected a template of shape {self.grid.shape}, got {tuple(self.template.shape)}"
-            )
+            raise ValueError(f"expected a template of shape {self.grid.shape}, got {tuple(self.template.shape)}")
         unknown = sorted(set(self.brain) - set(names))
         if unknown:
             raise ValueError(f"brain classes {unknown} are not among the classes {names}")
@@ -127,14 +125,8 @@ class LabelAtlas:
         members = [[self.names.index(n) for n in names] for names in groups.values()]
         names = tuple(groups)
         brain = tuple(n for n, old in groups.items() if set(old) <= set(self.brain))
-        indices = tuple(
-            0 if n in BACKGROUNDS else min(self.indices[k] for k in ks)
-            for n, ks in zip(names, members, strict=True)
-        )
-        colours = tuple(
-            _COLOURS[n] if n in BACKGROUNDS else self.colours[ks[0]]
-            for n, ks in zip(names, members, strict=True)
-        )
+        indices = tuple(0 if n in BACKGROUNDS else min(self.indices[k] for k in ks) for n, ks in zip(names, members, strict=True))
+        colours = tuple(_COLOURS[n] if n in BACKGROUNDS else self.colours[ks[0]] for n, ks in zip(names, members, strict=True))
         probabilities = torch.stack([self.probabilities[ks].sum(0) for ks in members])
         return LabelAtlas(names, probabilities, self.grid, self.template, brain, indices, colours)
 
@@ -165,9 +157,7 @@ class LabelAtlas:
         outside the field of view).
         """
         probabilities = resample(self.probabilities, self.grid, grid, fill="edge")
-        template = (
-            None if self.template is None else resample(self.template[None], self.grid, grid, fill=0.0)[0]
-        )
+        template = None if self.template is None else resample(self.template[None], self.grid, grid, fill=0.0)[0]
         return replace(self, probabilities=probabilities / probabilities.sum(0), grid=grid, template=template)
 
     def to(self, device: torch.device | str) -> LabelAtlas:
@@ -204,9 +194,7 @@ def average_onto(image: Tensor, source: Grid, target: Grid) -> Tensor:
         if n == m:
             continue
         weights = (_overlaps if m < n else _interpolates)(n, m).to(image)
-        out = torch.tensordot(out, weights, dims=([out.ndim - d + axis], [1])).movedim(
-            -1, out.ndim - d + axis
-        )
+        out = torch.tensordot(out, weights, dims=([out.ndim - d + axis], [1])).movedim(-1, out.ndim - d + axis)
     return out.contiguous()
 
 

@@ -240,9 +240,7 @@ def _brain_maps(recipe: AtlasRecipe, inputs: dict[str, bytes], grid: Grid) -> tu
 
 def _unscaled(image: nib.Nifti1Image) -> NDArray[np.float32]:
     if not isinstance(image.dataobj, nib.arrayproxy.ArrayProxy):
-        raise TypeError(
-            f"expected an image that was read from bytes, got data of type {type(image.dataobj).__name__}"
-        )
+        raise TypeError(f"expected an image that was read from bytes, got data of type {type(image.dataobj).__name__}")
     return np.asarray(image.dataobj.get_unscaled(), dtype=np.float32)  # type: ignore[no-untyped-call]
 
 

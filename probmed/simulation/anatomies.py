@@ -152,16 +152,12 @@ def draw_lesions(
 ) -> Lesions:
     """``count`` ellipsoids with semi-axes in ``radius_mm``, centred where the class ``within`` is likely."""
     if within not in atlas.names or not 0 < radius_mm[0] <= radius_mm[1]:
-        raise ValueError(
-            f"expected a class of {atlas.names} and radii 0 < low <= high, got {within!r} and {radius_mm}"
-        )
+        raise ValueError(f"expected a class of {atlas.names} and radii 0 < low <= high, got {within!r} and {radius_mm}")
     d = atlas.grid.ndim
     weights = atlas.probabilities[atlas.names.index(within)].flatten() ** 4
     # torch.multinomial takes at most 2^24 categories; a search in the cumulative sum takes any number.
     cumulative = weights.double().cumsum(0)
-    voxels = torch.searchsorted(
-        cumulative, torch.rand(count, generator=generator, dtype=torch.float64) * cumulative[-1]
-    )
+    voxels = torch.searchsorted(cumulative, torch.rand(count, generator=generator, dtype=torch.float64) * cumulative[-1])
     index = torch.stack(torch.unravel_index(voxels.clamp_max(len(weights) - 1), atlas.grid.shape), -1)
     centres = atlas.grid.voxel_to_world(index.double()).float()
     axes = radius_mm[0] + (radius_mm[1] - radius_mm[0]) * torch.rand(count, d, generator=generator)
@@ -223,9 +219,7 @@ class Anatomy:
             grid = atlas.grid.at_spacing([max(velocity_spacing_mm, h) for h in atlas.grid.spacing])
             field = GaussianField.from_sd(grid.shape, grid.spacing, deformation_mm, length_mm, alpha, d)
             self.deformation = Velocity(grid, draw_field(field, stream(seed, "velocity"))).exp()
-        self.lesions = (
-            draw_lesions(atlas, lesions, lesion_radius_mm, stream(seed, "lesions")) if lesions else None
-        )
+        self.lesions = draw_lesions(atlas, lesions, lesion_radius_mm, stream(seed, "lesions")) if lesions else None
         self._gumbel: tuple[Grid, Tensor] | None = None
         if labels == "smooth":
             grid = atlas.grid.at_spacing([max(label_length_mm / 2, h) for h in atlas.grid.spacing])

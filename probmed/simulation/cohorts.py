@@ -72,9 +72,7 @@ def simulate_cohort(
     body = {name: options.pop(name) for name in _ANATOMY_OPTIONS if name in options}
 
     subjects, rows = [], []
-    for i, (age, rate, own) in enumerate(
-        zip(first_ages.tolist(), rates.tolist(), seeds.tolist(), strict=True)
-    ):
+    for i, (age, rate, own) in enumerate(zip(first_ages.tolist(), rates.tolist(), seeds.tolist(), strict=True)):
         anatomy, scans = Anatomy(atlas, own, **body), []
         for visit in range(visits):
             years = visit * interval_years

@@ -111,10 +111,7 @@ def appearance_of(
         mixtures = [table[name] for table in tables]
         shares = [tuple(w for w, _, _ in mixture) for mixture in mixtures]
         if len(set(shares)) != 1 or abs(sum(shares[0]) - 1) > 1e-6:
-            raise ValueError(
-                f"the Gaussians of class {name!r} need the same weights, summing to 1, in each contrast,"
-                f" got {shares}"
-            )
+            raise ValueError(f"the Gaussians of class {name!r} need the same weights, summing to 1, in each contrast, got {shares}")
         for g, share in enumerate(shares[0]):
             weights.append(share)
             means.append([mixture[g][1] for mixture in mixtures])
@@ -132,9 +129,7 @@ def appearance_of(
     )
 
 
-def _table(
-    contrast: str | Mapping[str, Mixture], names: Sequence[str], generator: torch.Generator
-) -> dict[str, Mixture]:
+def _table(contrast: str | Mapping[str, Mixture], names: Sequence[str], generator: torch.Generator) -> dict[str, Mixture]:
     if not isinstance(contrast, str):
         table = dict(contrast)
     elif contrast == "random":

@@ -203,9 +203,7 @@ def scan(
     flow along which ``atrophy`` goes.
     """
     if noise not in NOISES or noise_sd < 0 or bias_sd < 0:
-        raise ValueError(
-            f"expected noise in {NOISES}, noise_sd >= 0, bias_sd >= 0, got {noise!r}, {noise_sd}, {bias_sd}"
-        )
+        raise ValueError(f"expected noise in {NOISES}, noise_sd >= 0, bias_sd >= 0, got {noise!r}, {noise_sd}, {bias_sd}")
     counts = [subsamples] * grid.ndim if isinstance(subsamples, int) else list(subsamples)
     if len(counts) != grid.ndim or min(counts) < 1:
         raise ValueError(f"expected {grid.ndim} positive subsamples, got {subsamples}")
@@ -229,8 +227,8 @@ def scan(
         image = image * (chosen != atlas.names.index("background"))
     millilitres = fractions.flatten(1).double().sum(-1) * grid.voxel_volume / 1000
     return SimulatedSubject(
-        images=tuple(_volume(channel, grid) for channel in image),
-        labels=_volume(torch.tensor(atlas.indices)[chosen], grid),
+        images=tuple(Volume.from_grid(channel, grid) for channel in image),
+        labels=Volume.from_grid(torch.tensor(atlas.indices)[chosen], grid),
         names=atlas.names,
         probabilities=probabilities,
         fractions=fractions,
@@ -249,14 +247,10 @@ def scan(
 def _offsets(counts: Sequence[int]) -> Iterator[Tensor]:
     """Positions inside a voxel, in voxels from its centre."""
     for steps in product(*(range(n) for n in counts)):
-        yield torch.tensor(
-            [(i + 0.5) / n - 0.5 for i, n in zip(steps, counts, strict=True)], dtype=torch.float64
-        )
+        yield torch.tensor([(i + 0.5) / n - 0.5 for i, n in zip(steps, counts, strict=True)], dtype=torch.float64)
 
 
-def _anatomy_on(
-    anatomy: Anatomy, grid: Grid, transform: Transform, counts: Sequence[int], session: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _anatomy_on(anatomy: Anatomy, grid: Grid, transform: Transform, counts: Sequence[int], session: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """π at the centres, fractions and the lesions' fraction."""
     generator = stream(anatomy.seed, "independent labels", session)
     centres = grid.coordinates()
@@ -310,12 +304,11 @@ def _render(
         mean += lesion * (appearance.lesion_mean.reshape(shape) - mean)
         variance += lesion * (appearance.lesion_sd.reshape(shape) ** 2 - variance)
     white = torch.randn(mean.shape, generator=stream(anatomy.seed, "intensities", session))
-    return mean + variance.clamp_min(0).sqrt() * white
+    image: Tensor = mean + variance.clamp_min(0).sqrt() * white
+    return image
 
 
-def _component_choice(
-    anatomy: Anatomy, appearance: Appearance, grid: Grid, transform: Transform, session: int
-) -> Tensor | None:
+def _component_choice(anatomy: Anatomy, appearance: Appearance, grid: Grid, transform: Transform, session: int) -> Tensor | None:
     """Uniform numbers that pick a Gaussian of each voxel's class: independent, or smooth where the labels
     are.
     """
@@ -324,14 +317,3 @@ def _component_choice(
     if anatomy.labels == "independent":
         return torch.rand(grid.shape, generator=stream(anatomy.seed, "components", session))
     return anatomy.texture(transform(grid.coordinates()))
-
-
-def _volume(data: Tensor, grid: Grid) -> Volume:
-    return Volume(
-        data=data,
-        grid=grid,
-        affine=grid.affine.numpy().copy(),
-        header=None,
-        path=None,
-        file_shape=tuple(data.shape),
-    )
