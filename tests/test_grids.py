@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from probmed.grids import Grid, MaskedGrid, channels_last, resample, sample
 
+aff2axcodes: Any = nib.aff2axcodes
 OBLIQUE = torch.tensor(
     [[1.8, -0.3, 0.2, -11.0], [0.4, 0.9, -0.5, 7.0], [-0.1, 0.3, 3.1, 20.0], [0.0, 0.0, 0.0, 1.0]],
     dtype=torch.float64,
@@ -67,7 +69,8 @@ def test_voxel_and_world_are_inverse(grid: Grid) -> None:
 
 def test_sizes_of_a_voxel() -> None:
     grid = Grid((5, 6, 7), OBLIQUE)
-    np.testing.assert_allclose(grid.spacing, nib.affines.voxel_sizes(OBLIQUE.numpy()))
+    expected = np.linalg.norm(OBLIQUE.numpy()[:3, :3], axis=0)
+    np.testing.assert_allclose(np.array(grid.spacing), expected)
     assert grid.voxel_volume == pytest.approx(abs(np.linalg.det(OBLIQUE.numpy()[:3, :3])))
     assert (grid.ndim, grid.numel) == (3, 210)
     assert Grid((5, 6), SHEARED_2D).voxel_volume == pytest.approx(0.7 * 1.4 + 0.1 * 0.2)
@@ -86,7 +89,7 @@ def test_axes_codes_agree_with_nibabel(order: tuple[int, ...], signs: tuple[int,
     )
     affine[:3, :3] = tilt @ matrix
     codes = Grid((2, 3, 4), torch.from_numpy(affine)).axes_codes
-    assert codes == "".join(str(code) for code in nib.aff2axcodes(affine))
+    assert codes == "".join(str(code) for code in aff2axcodes(affine))
 
 
 def test_from_spacing_is_centred() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.freesurfer.mghformat import MGHError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 from torch import Tensor
@@ -39,6 +40,8 @@ _GEOMETRY = (
 )
 _MGH_DATA_OFFSET = 284
 _MGH_TYPES = ("uint8", "int16", "int32", "float32")
+_SPACINGS_MM = (1e-4, 1e4)
+_FARTHEST_MM = 1e7
 _GZIP_BLOCK = 1 << 20
 _AGAIN = "copy or download it again"
 
@@ -61,11 +64,13 @@ def decode(path: Path) -> Stored:
         UnusableInput: where this is not what the file holds, or its geometry is none.
     """
     content = _unzipped(path, read_bytes(path))
-    for kind, start, magic, size in _NIFTI_MAGIC:
-        if content[start : start + 4] == magic:
-            return _decode_nifti(path, content, kind, size)
-    if image_suffix(path) in (".mgh", ".mgz") and content[:4] == b"\0\0\0\1":
-        return _decode_mgh(path, content)
+    # The arithmetic of a corrupt header may overflow; what comes of it is refused in words.
+    with np.errstate(all="ignore"):
+        for kind, start, magic, size in _NIFTI_MAGIC:
+            if content[start : start + 4] == magic:
+                return _decode_nifti(path, content, kind, size)
+        if image_suffix(path) in (".mgh", ".mgz") and content[:4] == b"\0\0\0\1":
+            return _decode_mgh(path, content)
     raise _unknown(path, content)
 
 
@@ -97,7 +102,10 @@ def _unknown(path: Path, content: bytes) -> UnusableInput:
         )
     if content[344:348] == b"ni1\0" or content[4:8] == b"ni2\0":
         return UnusableInput(path, "is one half of a NIfTI pair", "convert the pair to one .nii.gz file")
-    if content[:4] in (struct.pack("<i", 348), struct.pack(">i", 348)):
+    sizes = [struct.pack(f"{order}i", size) for order in "<>" for size in (348, 540)]
+    if content[:4] in sizes and len(content) < 348:
+        return UnusableInput(path, "is cut off within its header", _AGAIN)
+    if content[:4] in sizes:
         return UnusableInput(
             path, "is an Analyze header, which gives no orientation", "convert it to .nii.gz"
         )
@@ -115,7 +123,11 @@ def _decode_nifti(path: Path, content: bytes, kind: Any, size: int) -> Stored:
         raise UnusableInput(path, "is cut off within its header", _AGAIN)
     try:
         # Unchecked: nibabel's checks would repair zero spacing in silence.
-        header = kind(content[:size], check=False)
+        # Byte order by the header's own size: nibabel goes by the number of axes, which may be corrupt.
+        order = "<" if content[:4] == struct.pack("<i", size) else ">"
+        header = kind(content[:size], order, check=False)
+        if int(header["sizeof_hdr"]) != size:
+            raise _corrupt(path, f"its size is given as {int(header['sizeof_hdr'])} bytes")
         if not 1 <= int(header["dim"][0]) <= 7:
             raise _corrupt(path, f"{int(header['dim'][0])} axes")
         shape = tuple(int(n) for n in header.get_data_shape())
@@ -187,15 +199,13 @@ def _decode_mgh(path: Path, content: bytes) -> Stored:
     if len(content) < _MGH_DATA_OFFSET:
         raise UnusableInput(path, "is cut off within its header", _AGAIN)
     sizes = struct.unpack(">4i", content[4:20])
-    if min(sizes) < 0:
-        raise _corrupt(path, f"shape {sizes}")
+    shape = sizes if sizes[3] != 1 else sizes[:3]
+    _check_shape(path, shape)
     try:
         header = _MGHImage.header_class.from_fileobj(io.BytesIO(content), check=False)
         dtype = header.get_data_dtype()
-    except (HeaderDataError, KeyError, OverflowError, ValueError) as error:
+    except (HeaderDataError, MGHError, KeyError, OverflowError, ValueError) as error:
         raise _corrupt(path, error) from error
-    shape = sizes if sizes[3] != 1 else sizes[:3]
-    _check_shape(path, shape)
     raw = _voxels(path, content, shape, dtype, _MGH_DATA_OFFSET)
     spacing = np.abs(header["delta"].astype(np.float64))[: len(spatial_shape(shape))]
     _check_spacing(path, spacing)
@@ -260,10 +270,22 @@ def _completed(
     singular = area <= 1e-4 * sides[0] * sides[1]
     if len(spacing) == 3:
         singular = singular or abs(normal @ affine[:3, 2]) <= 1e-4 * area * sides[2]
-    elif not singular and not abs(normal @ affine[:3, 2]) > 1e-4 * area * sides[2]:
+    elif not singular and not (
+        abs(normal @ affine[:3, 2]) > 1e-4 * area * sides[2] and _SPACINGS_MM[0] < sides[2] < _SPACINGS_MM[1]
+    ):
         affine[:3, 2] = normal / area
     if singular:
         raise UnusableInput(path, "has a singular affine: its voxels do not span the image's axes", remedy)
+    steps = sides[: len(spacing)]
+    if (
+        (steps < _SPACINGS_MM[0]).any()
+        or (steps > _SPACINGS_MM[1]).any()
+        or np.abs(affine[:3, 3]).max() > _FARTHEST_MM
+    ):
+        origin = ", ".join(f"{t:.4g}" for t in affine[:3, 3])
+        raise UnusableInput(
+            path, f"has no plausible geometry: spacing {_text(steps)} mm, origin {origin}", remedy
+        )
     return affine
 
 
@@ -338,8 +360,9 @@ def _encode_mgh(
         raise UnusableInput(
             path, f"cannot hold voxels of type {dtype}", f"write {', '.join(_MGH_TYPES)}, or name it .nii.gz"
         )
+    # The format has three axes, and a fourth only for several images.
     array = voxels.T
-    array = array.reshape(*array.shape, *([1] * (3 - array.ndim)))
+    array = array.reshape((*spatial_shape(array.shape), 1)[:3])
     fresh = header.copy() if isinstance(header, _MGHImage.header_class) else None
     image = _MGHImage(array, affine, fresh)
     image.set_data_dtype(dtype)

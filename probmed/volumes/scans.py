@@ -277,7 +277,8 @@ def _label_values(path: Path, stored: Stored) -> NDArray[np.int64]:
     else:
         wrong = np.zeros(1, dtype=bool)
     if wrong.any():
-        fault = f"holds {np.count_nonzero(wrong)} voxels that are no whole numbers, such as {flat[wrong.argmax()]:g}"
+        count, example = np.count_nonzero(wrong), flat[wrong.argmax()]
+        fault = f"holds {count} voxels that are no whole numbers, such as {example:g}"
         raise UnusableInput(
             path, fault, "give a label map; if it was resampled, do so again with nearest neighbour"
         )
@@ -295,7 +296,7 @@ def _write(
 
 
 def _plane(affine: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Orthonormal axes ``(3, 2)`` of a slice's plane, nearest to two anatomical ones, and its normal ``(3,)``."""
+    """Orthonormal axes ``(3, 2)`` of a slice's plane, nearest to anatomical ones, and its normal ``(3,)``."""
     cross = np.cross(affine[:3, 0], affine[:3, 1])
     normal = np.asarray(cross / np.linalg.norm(cross), dtype=np.float64)
     kept = [axis for axis in range(3) if axis != int(np.abs(normal).argmax())]
@@ -313,7 +314,7 @@ def _in_plane(affine: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _in_space(affine: NDArray[np.float64], like: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Voxel to world, ``(4, 4)``, of a grid with ``affine`` (3, 3) in the plane of a slice ``like`` (4, 4)."""
+    """Voxel to world, ``(4, 4)``, of a grid with ``affine`` (3, 3) in the plane of ``like`` (4, 4)."""
     axes, normal = _plane(like)
     out = np.eye(4)
     out[:3, :2] = axes @ affine[:2, :2]
