@@ -1,0 +1,319 @@
+"""The report's figures. Each function takes a result and gives a matplotlib figure; no global state is used."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from probmed.report.palette import ACCENT, FAINT, INK, label_colours, rgb
+from probmed.report.planes import Array, Orientation, Plane, bounding_box, centre_of, plane_at, planes_through, spread_over, window
+from probmed.workflows.segmentation import SegmentationResult
+
+_WIDTH = 9.6  # inches
+_DPI = 100
+_MARGIN_MM = 12.0
+
+
+@dataclass(frozen=True)
+class View:
+    """A result's images, reoriented once for all figures: ``(nx, ny, nz)`` each, and the planes through the brain."""
+
+    scan: Array
+    labels: Array
+    probabilities: dict[str, Array]
+    entropy: Array
+    bias: list[Array]
+    corrected: list[Array]
+    scans: list[Array]
+    box: tuple[slice, ...]
+    planes: list[Plane]
+    spacing: tuple[float, float, float]
+    index: dict[str, int]
+    colours: dict[str, str]
+
+    @classmethod
+    def of(cls, result: SegmentationResult) -> View:
+        first = result.channels[0].as_3d()
+        turn = Orientation.of(first.affine)
+        index = dict(zip(result.names, result.indices, strict=True))
+        labels = turn(result.labels.cpu().numpy())
+        brain = np.isin(labels, [index[name] for name in result.brain])
+        box = bounding_box(brain, _MARGIN_MM, turn.spacing)
+        scans = [turn(first.data.cpu().numpy())]
+        for volume, corrected, bias in zip(result.channels[1:], result.corrected[1:], result.bias[1:], strict=True):
+            # Other channels have grids of their own; what the model saw of them is the corrected image over the field.
+            del volume
+            scans.append(turn((corrected / bias.clamp_min(1e-6)).cpu().numpy()))
+        probabilities = {name: turn(result.probabilities[result.names.index(name)].cpu().numpy()) for name in result.brain}
+        return cls(
+            scan=scans[0],
+            labels=labels,
+            probabilities=probabilities,
+            entropy=turn(result.entropy.cpu().numpy()),
+            bias=[turn(b.cpu().numpy()) for b in result.bias],
+            corrected=[turn(c.cpu().numpy()) for c in result.corrected],
+            scans=scans,
+            box=box,
+            planes=planes_through(centre_of(brain), box, labels.shape, turn.spacing),
+            spacing=turn.spacing,
+            index=index,
+            colours=label_colours(result.names, result.colours, result.brain),
+        )
+
+    @property
+    def brain(self) -> Array:
+        """Probability of brain."""
+        return np.asarray(sum(self.probabilities.values()))
+
+
+def segmentation(view: View) -> Figure:
+    """The scan and the labels over it, in three planes."""
+    figure, axes = _panels(view.planes, 2, ["scan", "labels"])
+    limits = window(view.scan)
+    for column, plane in enumerate(view.planes):
+        _grey(axes[0][column], plane, view.scan, limits)
+        _grey(axes[1][column], plane, view.scan, limits)
+        _tint(axes[1][column], plane, view)
+        _sides(axes[0][column], plane)
+        _sides(axes[1][column], plane)
+    return figure
+
+
+def slices(view: View, count: int = 12) -> Figure | None:
+    """Labels over axial slices from below to above; None of a single slice."""
+    name = "axial"
+    if len(view.planes) < 2:
+        return None
+    planes = [plane_at(name, i, view.box, view.spacing) for i in spread_over(view.box, name, count)]
+    columns = 6
+    width, height = planes[0].size
+    rows = math.ceil(len(planes) / columns)
+    figure = _figure(_WIDTH, _WIDTH / columns * height / width * rows)
+    limits = window(view.scan)
+    for i, plane in enumerate(planes):
+        axis = figure.add_axes(((i % columns) / columns, 1 - (i // columns + 1) / rows, 0.99 / columns, 0.99 / rows))
+        _grey(axis, plane, view.scan, limits)
+        _tint(axis, plane, view)
+        _sides(axis, plane)
+    return figure
+
+
+def posterior(view: View) -> Figure:
+    """p(S = k | I) of each brain label, and the entropy."""
+    names = list(view.probabilities)
+    figure, axes = _panels(view.planes, len(names) + 1, [f"p({name})" for name in names] + ["entropy"], bars=True)
+    for row, name in enumerate(names):
+        shown = None
+        for column, plane in enumerate(view.planes):
+            shown = _map(axes[row][column], plane, view.probabilities[name], "magma", 0.0, 1.0)
+        _bar(figure, axes[row][-1], shown, "")
+    top = max(math.log(2), float(np.quantile(view.entropy, 0.9999)))
+    for column, plane in enumerate(view.planes):
+        shown = _map(axes[-1][column], plane, view.entropy, "viridis", 0.0, top)
+    _bar(figure, axes[-1][-1], shown, "nats")
+    return figure
+
+
+def bias(view: View, channel: int) -> Figure:
+    """A channel as it was, its bias field, and corrected."""
+    figure, axes = _panels(view.planes, 3, ["scan", "field", "corrected"], bars=True)
+    inside = view.brain > 0.5
+    field = view.bias[channel]
+    reach = float(np.abs(np.log(np.clip(field[inside], 1e-6, None))).max()) if inside.any() else 0.0
+    span = math.exp(max(reach, 0.05))
+    shown = None
+    for column, plane in enumerate(view.planes):
+        _grey(axes[0][column], plane, view.scans[channel], window(view.scans[channel]))
+        shown = _map(axes[1][column], plane, field, "RdBu_r", 2 - span, span)
+        _grey(axes[2][column], plane, view.corrected[channel], window(view.corrected[channel]))
+    _bar(figure, axes[1][-1], shown, "×")
+    for row in (0, 2):
+        axes[row][-1].set_axis_off()
+    return figure
+
+
+def histogram(view: View, result: SegmentationResult, channel: int) -> Figure:
+    """Corrected intensities where the brain is, and the fitted Gaussians."""
+    figure = _figure(_WIDTH, 3.2)
+    axis = figure.add_axes((0.07, 0.17, 0.91, 0.78))
+    inside = view.brain > 0.5
+    values = view.corrected[channel][inside]
+    if not values.size:
+        axis.text(0.5, 0.5, "no brain was found", ha="center", color=FAINT, transform=axis.transAxes)
+        return figure
+    low, high = np.percentile(values, [0.1, 99.9])
+    pad = 0.05 * (high - low) or 1.0
+    low, high = low - pad, high + pad
+    axis.hist(values, bins=160, range=(low, high), density=True, color="#d5dbe0", label="voxels of the brain")
+    x = np.linspace(low, high, 600)
+    total = np.zeros_like(x)
+    owner, shares = result.mixture["owner"].numpy(), result.mixture["shares"].numpy().astype(np.float64)
+    means = result.mixture["means"].numpy().astype(np.float64)[:, channel]
+    variances = result.mixture["covariances"].numpy().astype(np.float64)[:, channel, channel]
+    for name in result.brain:
+        mass = float(view.probabilities[name][inside].mean())
+        own = np.flatnonzero(owner == result.names.index(name))
+        curve = np.zeros_like(x)
+        for g in own:
+            weight = mass * shares[g] / max(float(shares[own].sum()), 1e-12)
+            curve += weight * np.exp(-0.5 * (x - means[g]) ** 2 / variances[g]) / np.sqrt(2 * np.pi * variances[g])
+        axis.plot(x, curve, color=view.colours[name], lw=2, label=name)
+        total += curve
+    axis.plot(x, total, color=INK, lw=1, ls="--", label="sum")
+    axis.set_xlim(low, high)
+    axis.set_xlabel("corrected intensity")
+    axis.set_ylabel("density")
+    axis.set_yticks([])
+    axis.legend(frameon=False, fontsize=8.5)
+    _bare(axis)
+    return figure
+
+
+def volumes(result: SegmentationResult, truth: dict[str, float] | None = None) -> Figure:
+    """Volumes with their 50, 80 and 95 % intervals, a row a label, each on an axis of its own."""
+    table = result.volumes.set_index("name")
+    names = [name for name in table.index if name in result.brain] or list(table.index)
+    colours = label_colours(result.names, result.colours, names)
+    figure = _figure(_WIDTH, 0.72 * len(names) + 0.35)
+    height = 1 / len(names)
+    for i, name in enumerate(names):
+        row = table.loc[name]
+        axis = figure.add_axes((0.09, 1 - (i + 1) * height + 0.42 * height, 0.87, 0.5 * height))
+        for a, b, thick in (("q025", "q975", 4), ("q100", "q900", 8), ("q250", "q750", 13)):
+            axis.plot([row[a], row[b]], [0, 0], color=colours[name], lw=thick, alpha=0.45, solid_capstyle="butt")
+        axis.plot([row["volume_ml"]], [0], "|", color=INK, ms=18, mew=2)
+        ends = [row["q025"], row["q975"], row["volume_ml"]]
+        if truth is not None and name in truth:
+            axis.plot([truth[name]], [0], "D", color="white", mec=INK, ms=7, zorder=5)
+            ends.append(truth[name])
+        pad = 0.15 * (max(ends) - min(ends)) or 1.0
+        axis.set_xlim(min(ends) - pad, max(ends) + pad)
+        axis.set_yticks([0], [name])
+        axis.tick_params(axis="y", length=0, labelsize=10)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        _bare(axis)
+        axis.spines["left"].set_visible(False)
+    return figure
+
+
+def convergence(result: SegmentationResult) -> Figure:
+    """The gain of each round, nats."""
+    figure = _figure(_WIDTH, 2.4)
+    axis = figure.add_axes((0.09, 0.22, 0.89, 0.72))
+    numbers = [r.number for r in result.rounds]
+    gains = [r.gain if r.gain > 0 else math.nan for r in result.rounds]
+    axis.plot(numbers, gains, "o-", color=ACCENT, lw=1.5, ms=5)
+    if any(g > 0 for g in gains):
+        axis.set_yscale("log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("round")
+    axis.set_ylabel("gain in log joint, nats")
+    _bare(axis)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as an image file; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as text that a page holds in place of a file."""
+    return "data:image/png;base64," + base64.b64encode(png(figure)).decode("ascii")
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _panels(
+    planes: Sequence[Plane], rows: int, titles: Sequence[str], bars: bool = False
+) -> tuple[Figure, list[list[Axes]]]:
+    """Rows of the same planes at one scale, a row's title at its left, and room for colour bars at its right."""
+    left, right, gap = 0.35, 0.75 if bars else 0.05, 0.06
+    scale = [_millimetres(plane) for plane in planes]
+    # A lone slice would otherwise fill the page.
+    room = (_WIDTH - left - right - gap * (len(planes) - 1)) * (1.0 if len(planes) > 1 else 0.5)
+    unit = room / sum(width for width, _ in scale)
+    tall = min(max(height for _, height in scale) * unit, 4.5)
+    unit = min(unit, tall / max(height for _, height in scale))
+    total = rows * (tall + gap)
+    figure = _figure(_WIDTH, total)
+    grid: list[list[Axes]] = []
+    for row in range(rows):
+        x, line = left, []
+        y = total - (row + 1) * (tall + gap) + gap
+        for width, height in scale:
+            box = (x / _WIDTH, (y + (tall - height * unit) / 2) / total, width * unit / _WIDTH, height * unit / total)
+            axis = figure.add_axes(box)
+            axis.set_axis_off()
+            line.append(axis)
+            x += width * unit + gap
+        if bars:
+            line.append(figure.add_axes((x / _WIDTH, (y + 0.1 * tall) / total, 0.12 / _WIDTH, 0.8 * tall / total)))
+        middle = (y + tall / 2) / total
+        figure.text(0.1 / _WIDTH, middle, titles[row], rotation=90, va="center", ha="center", color=INK, fontsize=10)
+        grid.append(line)
+    return figure, grid
+
+
+def _millimetres(plane: Plane) -> tuple[float, float]:
+    """Width and height to scale between planes."""
+    width, height = plane.size
+    return width * plane.step, height * plane.step
+
+
+def _grey(axis: Axes, plane: Plane, image: Array, limits: tuple[float, float]) -> None:
+    axis.imshow(
+        plane.cut(image), cmap="gray", vmin=limits[0], vmax=limits[1], origin="lower", aspect="auto", interpolation="bilinear"
+    )
+    axis.set_axis_off()
+
+
+def _map(axis: Axes, plane: Plane, image: Array, colours: str, low: float, high: float) -> Any:
+    shown = axis.imshow(plane.cut(image), cmap=colours, vmin=low, vmax=high, origin="lower", aspect="auto", interpolation="nearest")
+    axis.set_axis_off()
+    return shown
+
+
+def _tint(axis: Axes, plane: Plane, view: View) -> None:
+    labels = plane.cut(view.labels)
+    overlay = np.zeros((*labels.shape, 4))
+    for name, colour in view.colours.items():
+        overlay[labels == view.index[name]] = (*rgb(colour), 0.5)
+    axis.imshow(overlay, origin="lower", aspect="auto", interpolation="nearest")
+
+
+def _sides(axis: Axes, plane: Plane) -> None:
+    for x, side, text in zip((0.02, 0.98), ("left", "right"), plane.edges, strict=True):
+        axis.text(x, 0.98, text, transform=axis.transAxes, ha=side, va="top", color="white", fontsize=8, alpha=0.9)
+
+
+def _bar(figure: Figure, axis: Axes, shown: Any, unit: str) -> None:
+    bar = figure.colorbar(shown, cax=axis)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.set_title(unit, fontsize=8)
+
+
+def _bare(axis: Axes) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(FAINT)
+    axis.tick_params(colors=INK)

@@ -1,0 +1,139 @@
+"""The HTML page of a segmented scan."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from probmed import __version__
+from probmed.report import figures
+from probmed.workflows.provenance import Provenance
+from probmed.workflows.segmentation import SegmentationResult
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("probmed.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+)
+_SCORE_WORDS = ((0.6, "good"), (0.3, "fair"), (0.0, "poor"))
+_SYMBOLS = (
+    ("I", "the scan"),
+    ("S", "the labels"),
+    ("φ", "the map from the scan to the atlas, affine and smooth velocity"),
+    ("β(c)", "the bias field, a cosine series with coefficients c"),
+    ("θ", "means and covariances of the labels' Gaussians"),
+    ("T", "the atlas's probabilities, weighted by w"),
+)
+
+
+def segmentation_page(
+    result: SegmentationResult,
+    provenance: Provenance,
+    title: str,
+    truth: Sequence[dict[str, Any]] | None = None,
+) -> str:
+    """The report as HTML, with its images inside.
+
+    Arguments:
+        result: what was found.
+        provenance: how it was made.
+        title: the scan's name.
+        truth: where it is known, a row for each label with ``name``, ``dice`` and ``volume_ml``.
+    """
+    view = figures.View.of(result)
+    known = None if truth is None else {row["name"]: row["volume_ml"] for row in truth}
+    several = figures.slices(view)
+    channels = []
+    for number, volume in enumerate(result.channels):
+        name = volume.path.name if volume.path is not None else f"channel {number + 1}"
+        channels.append(
+            {
+                "name": name,
+                "bias": _image(figures.bias(view, number), f"bias field of {name}"),
+                "histogram": _image(figures.histogram(view, result, number), f"histogram of {name}"),
+            }
+        )
+    score = float(result.quality["score"])
+    return _TEMPLATES.get_template("segmentation.html").render(
+        title=title,
+        version=__version__,
+        summary=_summary(result),
+        legend=[(name, view.colours[name]) for name in result.brain],
+        segmentation=_image(figures.segmentation(view), "scan and labels in three planes"),
+        slices=None if several is None else _image(several, "labels over axial slices"),
+        posterior=_image(figures.posterior(view), "posterior probabilities and entropy"),
+        channels=channels,
+        volumes=_image(figures.volumes(result, known), "volumes with intervals"),
+        table=_volume_rows(result, truth),
+        truth=truth is not None,
+        convergence=_image(figures.convergence(result), "gain of each round"),
+        rounds=len(result.rounds),
+        converged=result.converged,
+        quality={
+            "score": f"{score:.2f}",
+            "word": next(word for limit, word in _SCORE_WORDS if score >= limit or limit == 0.0),
+            "evidence": f"{result.quality['log_evidence_per_voxel']:.3f}",
+            "residual": [
+                (name, f"{r['mean']:+.2f}", f"{r['sd']:.2f}") for name, r in result.quality["residual"].items() if name in result.brain
+            ],
+            "remarks": [*result.quality["remarks"]],
+        },
+        tempering=f"{result.tempering:.3f}",
+        draws=len(result.volume_draws),
+        equation=[_marked_up(line) for line in re.split(r",\s{2,}", result.equation)],
+        symbols=_SYMBOLS,
+        provenance=provenance,
+    )
+
+
+def _image(figure: figures.Figure, description: str) -> Markup:
+    width = round(figure.get_figwidth() * 100)
+    return Markup('<img src="{}" alt="{}" width="{}">').format(figures.data_uri(figure), description, width)
+
+
+def _summary(result: SegmentationResult) -> list[tuple[str, str]]:
+    first = result.channels[0]
+    shape = " × ".join(str(n) for n in first.shape)
+    spacing = " × ".join(f"{s:.3g}" for s in first.spacing)
+    kind = "a brain without its skull" if result.stripped else "a whole head"
+    return [
+        ("taken for", kind),
+        ("voxels", f"{shape}, {spacing} mm"),
+        ("channels", str(len(result.channels))),
+    ]
+
+
+def _volume_rows(result: SegmentationResult, truth: Sequence[dict[str, Any]] | None) -> list[dict[str, str]]:
+    known = {row["name"]: row for row in truth or ()}
+    rows = []
+    for row in result.volumes.to_dict("records"):
+        entry = {
+            "name": str(row["name"]),
+            "volume": f"{row['volume_ml']:.1f}",
+            "sd": _number(row["sd_ml"]),
+            "half": _interval(row["q250"], row["q750"]),
+            "most": _interval(row["q100"], row["q900"]),
+            "nearly": _interval(row["q025"], row["q975"]),
+        }
+        if truth is not None:
+            there = known.get(row["name"])
+            entry["truth"] = "" if there is None else f"{there['volume_ml']:.1f}"
+            entry["dice"] = "" if there is None else f"{there['dice']:.3f}"
+        rows.append(entry)
+    return rows
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_number(low)} – {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return "n/a" if value != value else f"{value:.1f}"
+
+
+def _marked_up(equation: str) -> Markup:
+    """An equation in Unicode with ``_k`` as a lowered k."""
+    return Markup(re.sub(r"_(\w)", r"<sub>\1</sub>", html.escape(equation.strip())))

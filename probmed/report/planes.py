@@ -1,0 +1,139 @@
+"""Slices of an image as a reader of scans expects them: anatomical planes, true proportions, sides named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+PLANES = ("axial", "coronal", "sagittal")
+# Of each plane: the axis (x, y, z = 0, 1, 2) that it is across, and the names of its left and right edges.
+_ACROSS = {"axial": 2, "coronal": 1, "sagittal": 0}
+_EDGES = {"axial": ("L", "R"), "coronal": ("L", "R"), "sagittal": ("P", "A")}
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """The flips and swaps of axes that bring an image nearest to RAS (x to the right, y to the front, z up).
+
+    Nothing is interpolated: an oblique image keeps its own planes.
+
+    Arguments:
+        order: nibabel's orientation array, ``(3, 2)``.
+        spacing: mm along x, y, z, once reoriented.
+    """
+
+    order: NDArray[np.float64]
+    spacing: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, affine: NDArray[np.float64]) -> Orientation:
+        """From a voxel-to-world affine ``(4, 4)``, RAS mm."""
+        order = np.asarray(nib.io_orientation(affine))
+        steps = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
+        by_axis = [float(steps[int(np.flatnonzero(order[:, 0] == axis)[0])]) for axis in range(3)]
+        return cls(order, (by_axis[0], by_axis[1], by_axis[2]))
+
+    def __call__(self, image: Tensor | NDArray[np.generic]) -> Array:
+        """An image ``(*shape)``, of two or three axes, with its axes along x, y, z, ``(nx, ny, nz)``."""
+        array = np.asarray(image, dtype=np.float64)
+        array = array[..., None] if array.ndim == 2 else array
+        return np.asarray(nib.apply_orientation(array, self.order))
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One plane through the image.
+
+    Arguments:
+        name: of ``PLANES``.
+        index: which slice along the axis that the plane is across.
+        rows, columns: what to show of it, in voxels.
+        aspect: height of a voxel over its width.
+        step: width of a voxel, mm.
+    """
+
+    name: str
+    index: int
+    rows: slice
+    columns: slice
+    aspect: float
+    step: float
+
+    @property
+    def edges(self) -> tuple[str, str]:
+        """Names of its left and right edge."""
+        return _EDGES[self.name]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height shown, in widths of a voxel."""
+        width = self.columns.stop - self.columns.start
+        return width, (self.rows.stop - self.rows.start) * self.aspect
+
+    def cut(self, oriented: Array) -> Array:
+        """The slice of an image ``(nx, ny, nz)``, for ``imshow`` with its origin below."""
+        slab = np.take(oriented, self.index, axis=_ACROSS[self.name]).T
+        return np.asarray(slab[self.rows, self.columns])
+
+
+def planes_through(
+    centre: Sequence[int], box: Sequence[slice], shape: Sequence[int], spacing: Sequence[float]
+) -> list[Plane]:
+    """The anatomical planes through a voxel, cropped to a box; of a single slice, only its own plane."""
+    return [
+        plane_at(name, centre[_ACROSS[name]], box, spacing) for name in PLANES if _is_shown(name, shape)
+    ]
+
+
+def _is_shown(name: str, shape: Sequence[int]) -> bool:
+    return all(shape[axis] > 1 for axis in range(3) if axis != _ACROSS[name])
+
+
+def plane_at(name: str, index: int, box: Sequence[slice], spacing: Sequence[float]) -> Plane:
+    """A plane at a given slice."""
+    across, down = (axis for axis in range(3) if axis != _ACROSS[name])
+    return Plane(name, int(index), box[down], box[across], spacing[down] / spacing[across], spacing[across])
+
+
+def spread_over(box: Sequence[slice], name: str, count: int) -> list[int]:
+    """``count`` slices at even distances through a box, its ends left out."""
+    part = box[_ACROSS[name]]
+    inner = np.linspace(part.start, part.stop - 1, count + 2)[1:-1]
+    return sorted({int(round(i)) for i in inner})
+
+
+def bounding_box(mask: Array, margin_mm: float, spacing: Sequence[float]) -> tuple[slice, ...]:
+    """The voxels around those in a mask ``(nx, ny, nz)``, with a margin; the whole image where the mask is empty."""
+    inside = np.argwhere(mask)
+    if not len(inside):
+        return tuple(slice(0, n) for n in mask.shape)
+    steps = [int(np.ceil(margin_mm / s)) for s in spacing]
+    low, high = inside.min(0), inside.max(0)
+    return tuple(
+        slice(max(0, int(a) - k), min(n, int(b) + k + 1))
+        for a, b, k, n in zip(low, high, steps, mask.shape, strict=True)
+    )
+
+
+def centre_of(mask: Array) -> tuple[int, ...]:
+    """The voxel at the mean position of a mask; the middle of the image where it is empty."""
+    inside = np.argwhere(mask)
+    centre = inside.mean(0) if len(inside) else (np.array(mask.shape) - 1) / 2
+    return tuple(int(round(c)) for c in centre)
+
+
+def window(values: Array, low: float = 0.5, high: float = 99.5) -> tuple[float, float]:
+    """Grey-value limits that a few bright or dark voxels do not move: percentiles of the finite values that are not the darkest."""
+    values = values[np.isfinite(values)]
+    lit = values[values > values.min()] if values.size else values
+    if not lit.size:
+        return 0.0, 1.0
+    a, b = np.percentile(lit, [low, high])
+    return float(min(a, 0.0) if values.min() >= 0 else a), float(b if b > a else a + 1.0)
