@@ -15,8 +15,13 @@ from probmed.distributions import Coupling, InverseWishart, LabelMixture
 from probmed.fields import _along_axes
 from probmed.grids import Grid, MaskedGrid
 
-GAUSSIANS = {"GM": 2, "WM": 2, "CSF": 1, "bone": 3, "soft": 4, "air": 2, "background": 3}
-"""Gaussians for each label by name, after SPM's unified segmentation; one for names that are not here."""
+GAUSSIANS = {"GM": 1, "WM": 1, "CSF": 1, "bone": 3, "soft": 4, "air": 2, "background": 3}
+"""Gaussians for each label by name, one for names that are not here. Outside the brain as in SPM's unified segmentation."""
+
+TIED = ("GM", "WM", "CSF")
+"""Labels that share one covariance by default. Voxels half in one tissue and half in another give a tissue with a covariance of its own either a
+narrow Gaussian that loses them all or a broad one that takes them all; one noise for the three puts the boundary half-way between the means. On
+whole heads and stripped brains alike that agrees better with people's and software's labels than several Gaussians a tissue do."""
 
 
 class BiasField(PyroModule):
@@ -126,7 +131,7 @@ class GaussianMixture(PyroModule):
     .. math:: w_g \\sim Gamma(a / n_k + 1, a), \\quad \\Sigma_g \\sim IW(\\nu, \\Psi), \\quad \\mu_g \\mid \\Sigma_g \\sim N(\\mu_0, \\Sigma_g / n_0)
 
     The weights reweight the label prior, π_vk ∝ w_k T_vk with w_k = Σ_{g∈k} w_g, and mix the Gaussians within a label, m_g = w_g / w_k: one vector
-    does both, so that every update in ``em_update`` is closed. Sites: ``weights`` ``(G,)``, ``covariances`` ``(G, C, C)``, ``means`` ``(G, C)``.
+    does both, so that every update in ``em_update`` is closed. Sites: ``weights`` ``(G,)``, ``covariances`` ``(V, C, C)``, ``means`` ``(G, C)``.
 
     Arguments:
         gaussians: number of Gaussians of each label, in the label prior's order.
@@ -134,12 +139,14 @@ class GaussianMixture(PyroModule):
         location, certainty: μ_0 (the unit of the image; scans are scaled so that their foreground's mean is one) and n_0.
         df, scale: ν − C − 1 and the prior standard deviation whose square is Ψ's diagonal divided by ν.
         weight_certainty: a, in voxels.
+        tied: labels (by number) whose Gaussians share one covariance; the site ``covariances`` then has V < G entries.
         outlier, outlier_density: of ``LabelMixture``.
 
     References: Ashburner & Friston, NeuroImage 2005; Puonti et al., NeuroImage 2016.
     """
 
     owner: Tensor
+    noise: Tensor
 
     def __init__(
         self,
@@ -152,6 +159,7 @@ class GaussianMixture(PyroModule):
         weight_certainty: float = 100.0,
         outlier: float = 1e-3,
         outlier_density: float = 0.25,
+        tied: Sequence[int] = (),
     ) -> None:
         super().__init__()
         counts = list(gaussians.values()) if isinstance(gaussians, Mapping) else list(gaussians)
@@ -161,11 +169,20 @@ class GaussianMixture(PyroModule):
         self.location, self.certainty, self.df = location, certainty, df + channels + 1
         self.scale, self.weight_certainty = scale, weight_certainty
         self.register_buffer("owner", torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
+        # The covariance of each Gaussian, by number: the tied labels' Gaussians point at the first of them.
+        first = next((g for g, k in enumerate(self.owner.tolist()) if k in tied), 0)
+        shared = [first if k in tied else g for g, k in enumerate(self.owner.tolist())]
+        self.register_buffer("noise", torch.unique(torch.tensor(shared), return_inverse=True)[1])
 
     @classmethod
-    def for_labels(cls, names: Sequence[str], channels: int = 1, **options: float) -> GaussianMixture:
-        """The usual number of Gaussians for the labels of an atlas, by name."""
-        return cls([GAUSSIANS.get(name, 1) for name in names], channels, **options)
+    def for_labels(cls, names: Sequence[str], channels: int = 1, tie: bool = True, **options: float) -> GaussianMixture:
+        """The usual number of Gaussians for the labels of an atlas, by name, those of the brain with one covariance if ``tie``."""
+        tied = [k for k, name in enumerate(names) if tie and name in TIED]
+        return cls([GAUSSIANS.get(name, 1) for name in names], channels, tied=tied, **options)
+
+    @property
+    def covariance_count(self) -> int:
+        return int(self.noise.max()) + 1
 
     def _psi(self, like: Tensor) -> Tensor:
         return self.df * self.scale**2 * torch.eye(self.channels, dtype=like.dtype, device=like.device)
@@ -174,9 +191,9 @@ class GaussianMixture(PyroModule):
         like, g = log_prior.new_ones(()), len(self.owner)
         shares = like / torch.tensor(self.counts, device=like.device)[self.owner]
         weights = pyro.sample("weights", Gamma(self.weight_certainty * shares + 1, self.weight_certainty * torch.ones_like(shares)).to_event(1))
-        covariances = pyro.sample("covariances", InverseWishart(self.df, self._psi(like)).expand([g]).to_event(1))
+        covariances = pyro.sample("covariances", InverseWishart(self.df, self._psi(like)).expand([self.covariance_count]).to_event(1))
         centre = like * self.location * torch.ones(g, self.channels, device=like.device)
-        means = pyro.sample("means", MultivariateNormal(centre, covariances / self.certainty).to_event(1))
+        means = pyro.sample("means", MultivariateNormal(centre, covariances[self.noise] / self.certainty).to_event(1))
         return self.mixture(log_prior, weights, means, covariances, log_bias, coupling)
 
     def mixture(
@@ -193,6 +210,7 @@ class GaussianMixture(PyroModule):
         mixing = weights / labels[..., self.owner]
         spatial = log_prior.ndim - weights.ndim
         log_prior = (log_prior + labels.log().reshape(*labels.shape, *[1] * spatial)).log_softmax(weights.ndim - 1)
+        covariances = covariances[..., self.noise, :, :]
         return LabelMixture(log_prior, mixing, means, covariances, self.owner, log_bias, self.outlier, self.outlier_density, coupling)
 
     def label_weights(self, weights: Tensor) -> Tensor:
@@ -217,7 +235,12 @@ class GaussianMixture(PyroModule):
         position = torch.cat([torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in self.counts]).to(values)
         means = means + spread * position[:, None] * variances.sqrt()
         shares = torch.tensor(self.counts).to(values)[self.owner]
-        return {"weights": 1 / shares, "means": means, "covariances": torch.diag_embed(variances / shares[:, None])}
+        pooled = self._pooled(variances / shares[:, None]) / self._pooled(torch.ones_like(shares))[:, None]
+        return {"weights": 1 / shares, "means": means, "covariances": torch.diag_embed(pooled)}
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """Sums over the Gaussians of each covariance: ``(G, ...)`` to ``(V, ...)``."""
+        return x.new_zeros(self.covariance_count, *x.shape[1:]).index_add(0, self.noise, x)
 
     def em_update(
         self, log_atlas: Tensor, mixture: LabelMixture, image: Tensor, weights: Tensor, tempering: float = 1.0
@@ -242,8 +265,9 @@ class GaussianMixture(PyroModule):
         scatter = second - means[:, :, None] * first[:, None, :] - first[:, :, None] * means[:, None, :]
         scatter = scatter + mass[:, None, None] * means[:, :, None] * means[:, None, :]
         shift = means - centre
-        scatter = scatter + n0 * shift[:, :, None] * shift[:, None, :] + self._psi(scatter)
-        covariances = scatter / (mass + self.df + c + 2)[:, None, None]
+        scatter = scatter + n0 * shift[:, :, None] * shift[:, None, :]
+        # Each mean's own prior has a covariance too, hence the one a Gaussian.
+        covariances = (self._pooled(scatter) + self._psi(scatter)) / (self._pooled(mass + 1) + self.df + c + 1)[:, None, None]
 
         # Weights: log Σ_j w_j T_j is concave, its tangent bounds it, and the bound's maximum is closed (SPM's update).
         atlas = mixture._flat(log_atlas).exp()
@@ -258,7 +282,7 @@ class GaussianMixture(PyroModule):
     def scores(self, mixture: LabelMixture, image: Tensor) -> tuple[Tensor, Tensor]:
         """Each voxel's gradient in (log weights, whitened means, log covariances), ``(N, P)``, and the prior's precision of these, ``(P,)``.
 
-        With Σ_g = L Lᵀ at the mode, the coordinates are μ = μ̂ + L a and Σ = L expm(B) Lᵀ, B symmetric, in which every departure is admissible.
+        With Σ_v = L Lᵀ at the mode, the coordinates are μ = μ̂ + L a and Σ = L expm(B) Lᵀ, B symmetric, in which every departure is admissible.
         The prior on log w_g has precision a w_g, here with w_k = 1. Voxels that miss a channel count only for the weights.
         """
         values = mixture._corrected(image)
@@ -276,11 +300,11 @@ class GaussianMixture(PyroModule):
         rows, columns = torch.tril_indices(c, c, device=values.device)
         pairs = z[:, rows] * z[:, columns] - ((rows == columns)[None, :, None] & complete).to(z)
         by_covariance = r[:, None] * pairs * torch.where(rows == columns, 0.5, 1.0)[None, :, None].to(z)
-        columns_of = [by_weight, (r[:, None] * z).flatten(0, 1), by_covariance.flatten(0, 1)]
+        columns_of = [by_weight, (r[:, None] * z).flatten(0, 1), self._pooled(by_covariance).flatten(0, 1)]
         precision = [
             self.weight_certainty * mixture.mixing,
             torch.full((g * c,), self.certainty).to(z),
-            torch.where(rows == columns, 0.5, 1.0).to(z).mul(self.df).repeat(g),
+            torch.where(rows == columns, 0.5, 1.0).to(z).mul(self.df).repeat(self.covariance_count),
         ]
         seen = ~values.isnan().all(0)
         return (torch.cat(columns_of) * seen).T, torch.cat(precision)
@@ -288,16 +312,16 @@ class GaussianMixture(PyroModule):
     def moved(self, state: Mapping[str, Tensor], departures: Tensor) -> dict[str, Tensor]:
         """Latents at departures ``(draws, P)`` from ``state`` in the coordinates of ``scores``: each site with a leading axis of draws."""
         g, c = state["means"].shape
-        pairs = c * (c + 1) // 2
-        log_weights, whitened, packed = departures.split([g, g * c, g * pairs], -1)
+        pairs, count = c * (c + 1) // 2, self.covariance_count
+        log_weights, whitened, packed = departures.split([g, g * c, count * pairs], -1)
         roots = torch.linalg.cholesky(state["covariances"])
         rows, columns = torch.tril_indices(c, c, device=packed.device)
-        symmetric = packed.new_zeros(len(departures), g, c, c)
-        symmetric[..., rows, columns] = packed.unflatten(-1, (g, pairs))
+        symmetric = packed.new_zeros(len(departures), count, c, c)
+        symmetric[..., rows, columns] = packed.unflatten(-1, (count, pairs))
         symmetric = symmetric + symmetric.tril(-1).mT
         return {
             "weights": state["weights"] * log_weights.exp(),
-            "means": state["means"] + (roots @ whitened.unflatten(-1, (g, c, 1)))[..., 0],
+            "means": state["means"] + (roots[self.noise] @ whitened.unflatten(-1, (g, c, 1)))[..., 0],
             "covariances": roots @ torch.linalg.matrix_exp(symmetric) @ roots.mT,
         }
 

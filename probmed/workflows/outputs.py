@@ -97,12 +97,18 @@ def check_outputs(folder: Path, names: Iterable[str], stem: str, protect: Iterab
         if not path.exists():
             continue
         if any(path.samefile(other) for other in inputs):
-            raise UnusableInput(path, "is an input and would be overwritten", "choose another folder with --out")
+            raise UnusableInput(
+                path, "is an input and would be overwritten", "choose another folder with --out"
+            )
         if path.is_dir():
-            raise UnusableInput(path, "is a folder where a file is to be written", "choose another folder with --out")
+            raise UnusableInput(
+                path, "is a folder where a file is to be written", "choose another folder with --out"
+            )
         if not ours:
             raise UnusableInput(
-                path, "exists already, and probmed did not write it", "move it, or choose another folder with --out"
+                path,
+                "exists already, and probmed did not write it",
+                "move it, or choose another folder with --out",
             )
 
 
@@ -187,7 +193,9 @@ def staged(folder: Path, stem: str) -> Iterator[Path]:
             name = Path(error.filename).name if isinstance(error.filename, str) else ""
             place = folder if stage is None or name == stage.name else folder / name
             fault = f"cannot be written: {error.strerror or error}"
-            raise UnusableInput(place, fault, "free space there, or choose a folder that you may write to") from error
+            raise UnusableInput(
+                place, fault, "free space there, or choose a folder that you may write to"
+            ) from error
         raise
     finally:
         if stage is not None:
@@ -225,7 +233,10 @@ def _write_images(
 
     def labels(what: str, data: Tensor, description: str) -> None:
         write_labels(stage / names[what], _shaped(data, like), like)
-        described[what] = {"Description": description, "Labels": dict(zip(result.names, result.indices, strict=True))}
+        described[what] = {
+            "Description": description,
+            "Labels": dict(zip(result.names, result.indices, strict=True)),
+        }
 
     def image(what: str, data: Tensor, description: str, **more: Any) -> None:
         write_scan(stage / names[what], _shaped(data, like), like)
@@ -245,15 +256,25 @@ def _write_images(
         image(f"corrected {number}", result.corrected[number - 1], "The scan times the bias field.", **source)
     if samples:
         for number, drawn in enumerate(result.draw_labels(samples, result.seed), start=1):
-            labels(f"draw {number}", drawn, "Labels drawn from the posterior, with appearance, bias and deformation.")
+            labels(
+                f"draw {number}",
+                drawn,
+                "Labels drawn from the posterior, with appearance, bias and deformation.",
+            )
     convention = {
         "Convention": "ITK displacement field: vector to the matching point, mm, LPS",
         "SpacingMillimetres": WARP_SPACING_MM,
     }
     write_warp(stage / names["to atlas"], result.inverse, warp_grid(atlas.grid))
-    described["to atlas"] = {"Description": "Carries images from the scan to the atlas; sampled over the atlas.", **convention}
+    described["to atlas"] = {
+        "Description": "Carries images from the scan to the atlas; sampled over the atlas.",
+        **convention,
+    }
     write_warp(stage / names["from atlas"], result.transform, warp_grid(like.as_3d().grid))
-    described["from atlas"] = {"Description": "Carries images from the atlas to the scan; sampled over the scan.", **convention}
+    described["from atlas"] = {
+        "Description": "Carries images from the atlas to the scan; sampled over the scan.",
+        **convention,
+    }
     return described
 
 

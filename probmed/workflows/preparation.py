@@ -29,7 +29,7 @@ class Prepared:
         grid: of the first channel.
         unit, offset: intensities, ``(C,)``.
         stripped: whether the brain stands alone on a constant background.
-        atlas: the atlas for it, without the head's labels for a stripped brain.
+        atlas: the atlas for it; for a stripped brain only the brain's labels.
         start: affine from the scan's world to the atlas's, mm.
         points: the subsampled voxels near the brain on which a model is fitted, and their values ``(C, N)``.
     """
@@ -95,7 +95,7 @@ def prepare(
         background = image == image.flatten(1).nan_to_num(torch.inf).amin(1).reshape(-1, 1, 1, 1)
         image = image.masked_fill(background.all(0) | (background & (image == 0)), torch.nan)
         coarse = image[:, :: steps[0], :: steps[1], :: steps[2]]
-        atlas = bare
+        atlas = _without_outside(atlas)
     near = (distance_from_brain(atlas, start, coarse_grid) < margin_mm).to(device)
     points = MaskedGrid(coarse_grid, near & ~coarse.isnan().all(0))
     if points.numel < 200:
@@ -111,6 +111,15 @@ def distance_from_brain(atlas: LabelAtlas, start: Tensor, grid: Grid) -> Tensor:
     outside = (coarse.brain_probability < 0.3).cpu().numpy()
     distance = torch.as_tensor(distance_transform_edt(outside, sampling=coarse.grid.spacing), dtype=torch.float32)
     return sample(distance[None], coarse.grid, Affine(start)(grid.coordinates()), fill="edge")[0]
+
+
+def _without_outside(atlas: LabelAtlas) -> LabelAtlas:
+    """The atlas for what a skull-stripping left: what is neither grey nor white is fluid. A background of its own would take the dark fluid and
+    leave the half-grey voxels to the fluid's label."""
+    outside = [name for name in atlas.names if name not in atlas.brain]
+    if "CSF" not in atlas.brain or not outside:
+        return atlas.stripped()
+    return atlas.merged({name: [name, *(outside if name == "CSF" else [])] for name in atlas.brain})
 
 
 def _name(volume: Volume) -> str:

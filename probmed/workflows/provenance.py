@@ -45,7 +45,9 @@ class Provenance:
     def record(self) -> dict[str, Any]:
         """As a sidecar holds it, in the words of BIDS derivatives."""
         out: dict[str, Any] = {
-            "GeneratedBy": [{"Name": "probmed", "Version": __version__, "Command": self.command, "Seed": self.seed}],
+            "GeneratedBy": [
+                {"Name": "probmed", "Version": __version__, "Command": self.command, "Seed": self.seed}
+            ],
             "Sources": [{"File": path, "SHA256": checksum} for path, checksum in self.inputs.items()],
             "Versions": self.versions,
         }

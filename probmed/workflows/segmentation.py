@@ -47,6 +47,7 @@ class Settings:
         markov: strength of the Markov field at 1 mm spacing, nats for a pair of neighbours.
         rounds, steps, tolerance: of ``em``.
         tempering: factor on the likelihood; None estimates it from the residuals' correlation.
+        tie: one covariance for the tissues of the brain.
     """
 
     spacing_mm: float = 3.0
@@ -60,6 +61,7 @@ class Settings:
     steps: int = 6
     tolerance: float = 1e-4
     tempering: float | None = None
+    tie: bool = True
 
 
 @dataclass
@@ -183,7 +185,7 @@ def build(prepared: Prepared, settings: Settings) -> Segmentation:
     # The interaction is one of surfaces: at half the spacing a surface has four times the neighbours, each of a quarter of the weight.
     markov = MarkovField(labels, settings.markov * min(min(prepared.grid.spacing), 1.5) ** 2) if settings.markov else labels
     channels = len(prepared.image)
-    appearance = GaussianMixture.for_labels(atlas.names, channels)
+    appearance = GaussianMixture.for_labels(atlas.names, channels, tie=settings.tie)
     bias = BiasField(settings.cutoff_mm, channels=channels, domain=prepared.grid)
     return Segmentation(markov, appearance, bias, tempering=settings.tempering or 0.1)
 
@@ -274,9 +276,11 @@ def full_posterior(model: Segmentation, state: dict[str, Tensor], prepared: Prep
         mixture = model.mixture(state, part, log_atlas)
         p = mixture.posterior(values)
         here = seen[piece]
+        # A voxel with nothing to explain is background by construction, not by its prior.
         if outside is not None:
-            # A voxel with nothing to explain is background by construction, not by its prior.
             p = torch.where(here, p, torch.nn.functional.one_hot(torch.tensor(outside, device=p.device), len(names)).to(p)[:, None, None, None])
+        else:
+            p = p * here
         keep = slice(begin - low, end - low)
         target = (slice(begin, end), *box[1:])
         probabilities[(slice(None), *target)] = p[:, keep]
@@ -388,7 +392,7 @@ def _result(
     shape = channels[0].data.shape
     p = posterior.probabilities
     entropy = torch.special.entr(p).sum(0)
-    labels = torch.tensor(atlas.indices, device=p.device)[p.argmax(0)]
+    labels = torch.tensor(atlas.indices, device=p.device)[p.argmax(0)].masked_fill(p.sum(0) == 0, 0)
     log_bias = posterior.log_bias
     offset, unit = (x.reshape(-1, 1, 1, 1) for x in (prepared.offset, prepared.unit))
     corrected = prepared.image * log_bias.exp() * unit + offset
@@ -421,7 +425,7 @@ def _result(
         mixture={
             "shares": (weights / weights.sum()).cpu(),
             "means": state["means"].cpu() * unit_1 + prepared.offset.cpu(),
-            "covariances": state["covariances"].cpu() * unit_1[:, None] * unit_1,
+            "covariances": state["covariances"][model.appearance.noise].cpu() * unit_1[:, None] * unit_1,
             "owner": model.appearance.owner.cpu(),
         },
         quality=quality(atlas.names, atlas.brain, posterior, mode.converged, entropy, labels, atlas.indices),
