@@ -15,22 +15,20 @@ from typing import Annotated
 import typer
 
 from probmed import __version__
-from probmed.cli.demo import demo
-from probmed.cli.models import models
-from probmed.cli.segment import segment
+from probmed.cli import demo, models, segment
 
 app = typer.Typer(
     name="probmed",
-    help="Probabilistic models of medical images: segmentations with honest volumes, and what they come from.",
+    help="Probabilistic models of medical images: segmentations whose volumes come with intervals.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(segment)
-app.command()(models)
+app.command()(demo.demo)
+app.command()(segment.segment)
+app.command()(models.models)
 
 
 def _version(wanted: bool) -> None:
@@ -41,7 +39,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Options of the command itself."""
 

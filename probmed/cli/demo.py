@@ -37,17 +37,19 @@ _TRUTH = "MNI152_desc-truth_dseg"
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the outputs; made if missing.")] = Path("probmed-demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the outputs; made if missing.")] = Path(
+        "probmed-demo"
+    ),
     draws: DrawsOption = 50,
     device: DeviceOption = Device.auto,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Segment the MNI152 template, made harder by a simulated bias field and noise, and compare with the truth.
+    """Segment the MNI152 template, made harder by a bias field and noise, and compare with the truth.
 
-    Needs no data and no network. The truth is the likeliest tissue of each voxel in the atlas that the template
-    belongs to, so this shows that all works, not how well it does on other heads.
+    Needs no data and no network. The truth is the likeliest tissue of each voxel in the template's atlas, so
+    this shows that all works, not how well it does on other heads.
 
     [bold]Example[/bold]
 
@@ -69,7 +71,9 @@ def demo(
         remove_if_empty(made)
     if not quiet:
         _show(result, truth)
-        typer.echo(f"{sum(result.seconds.values()):.0f} s, outputs and report: {out / (_SCAN + '_report.html')}")
+        typer.echo(
+            f"{sum(result.seconds.values()):.0f} s, outputs and report: {out / (_SCAN + '_report.html')}"
+        )
 
 
 def simulated_scan(atlas: LabelAtlas, seed: int) -> tuple[Volume, Volume]:
@@ -103,9 +107,10 @@ def write_demo_scan(out: Path, scan: Volume, truth: Volume) -> Path:
 def compared(result: SegmentationResult, truth: Volume) -> list[dict[str, Any]]:
     """Of each brain label: Dice, true volume, and whether the 95 % interval holds it."""
     rows = []
+    found = {row["name"]: row for row in result.volumes.to_dict("records")}
     for name in result.brain:
         index = result.indices[result.names.index(name)]
-        row = result.volumes.set_index("name").loc[name]
+        row = found[name]
         volume = float((truth.data == index).sum()) * truth.grid.voxel_volume / 1000
         rows.append(
             {
@@ -131,5 +136,11 @@ def _show(result: SegmentationResult, truth: Volume) -> None:
         table.add_column(column, justify="right")
     for row in compared(result, truth):
         interval = f"{row['q025']:.0f} – {row['q975']:.0f}"
-        table.add_row(row["name"], f"{row['dice']:.3f}", f"{row['volume_ml']:.0f}", f"{row['estimate_ml']:.0f}", interval)
+        table.add_row(
+            row["name"],
+            f"{row['dice']:.3f}",
+            f"{row['volume_ml']:.0f}",
+            f"{row['estimate_ml']:.0f}",
+            interval,
+        )
     Console(highlight=False).print(table)

@@ -22,6 +22,15 @@ def models() -> None:
     for name in ZOO:
         found = entry(name)
         table.add_row(
-            *(escape(text) for text in (found.name, found.equation, found.summary, ", ".join(found.sites), found.reference))
+            *(
+                escape(text)
+                for text in (
+                    found.name,
+                    found.equation,
+                    found.summary,
+                    ", ".join(found.sites),
+                    found.reference,
+                )
+            )
         )
     Console(highlight=False).print(table)

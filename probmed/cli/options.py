@@ -24,7 +24,9 @@ class Device(str, Enum):
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**31, help="Same seed, same bytes on the same machine.")]
-DrawsOption = Annotated[int, typer.Option(min=2, max=10_000, help="Joint posterior draws behind the intervals.")]
+DrawsOption = Annotated[
+    int, typer.Option(min=2, max=10_000, help="Joint posterior draws behind the intervals.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but what failed.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an unforeseen failure.")]
 
@@ -41,7 +43,9 @@ def check_device(device: Device) -> None:
         UnusableInput: for cuda without one.
     """
     if device is Device.cuda and not torch.cuda.is_available():
-        raise UnusableInput("--device cuda", "there is no CUDA device that PyTorch can use", "use --device cpu or auto")
+        raise UnusableInput(
+            "--device cuda", "there is no CUDA device that PyTorch can use", "use --device cpu or auto"
+        )
 
 
 def make_folder(path: Path) -> list[Path]:

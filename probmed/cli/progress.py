@@ -1,4 +1,4 @@
-"""What a user sees while a subcommand works, and what is said of failures. All of it goes to standard error."""
+"""What a user sees while a subcommand works and when it fails, all on standard error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from probmed.volumes import UnusableInput
@@ -24,7 +31,7 @@ def error_console() -> Console:
 
 @contextmanager
 def progress_bar(name: str, quiet: bool) -> Iterator[Tell]:
-    """A bar with the stage and the time left; gives a function of the stage and of the share done, in [0, 1]."""
+    """A bar with the stage and the time left; gives a function of stage and share done, in [0, 1]."""
     if quiet:
         yield lambda stage, share: None
         return

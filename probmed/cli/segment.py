@@ -72,18 +72,26 @@ def segment(
         list[str],
         typer.Argument(
             metavar="SCAN",
-            help="Scans, one a subject: NIfTI or MGH, heads or stripped brains. Channels of one subject are joined by "
-            "commas, without spaces: T1.nii.gz,T2.nii.gz. The first gives the grid and the names of the outputs.",
+            help="Scans, one a subject: NIfTI or MGH, heads or stripped brains. Channels of one subject are "
+            "joined by commas, without spaces: T1.nii.gz,T2.nii.gz. The first gives the grid and the names "
+            "of the outputs.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the outputs; made if missing.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the outputs; made if missing.", show_default=False)
+    ],
     model: Annotated[str, typer.Option(help="A model of `probmed models`.")] = "segmentation",
     atlas: Annotated[
         Path | None,
-        typer.Option(help="Folder with probability maps and atlas.json; the MNI152 head if not given.", show_default=False),
+        typer.Option(
+            help="Folder with probability maps and atlas.json; the MNI152 head if not given.",
+            show_default=False,
+        ),
     ] = None,
     draws: DrawsOption = 50,
-    samples: Annotated[int, typer.Option(min=0, max=999, help="Label maps to draw from the posterior and write.")] = 0,
+    samples: Annotated[
+        int, typer.Option(min=0, max=999, help="Label maps to draw from the posterior and write.")
+    ] = 0,
     device: DeviceOption = Device.auto,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
@@ -91,8 +99,8 @@ def segment(
 ) -> None:
     """Segment brain scans into tissues, with posteriors, volumes and their intervals.
 
-    Of sub-01_T1w.nii.gz it writes, all or nothing, sub-01_T1w_dseg.nii.gz (labels), _label-GM_probseg.nii.gz and so on
-    (posteriors), _desc-entropy, _desc-bias and _desc-corrected images, warps to the atlas and back (ITK, ANTs),
+    Of sub-01_T1w.nii.gz it writes, all or nothing: sub-01_T1w_dseg.nii.gz (labels), _label-GM_probseg and so
+    on (posteriors), _desc-entropy, _desc-bias, _desc-corrected, warps to the atlas and back (for ITK and ANTs),
     _volumes.tsv with 50, 80 and 95 % intervals, a JSON file beside each, and _report.html.
 
     [bold]Examples[/bold]
@@ -103,8 +111,8 @@ def segment(
 
         probmed segment sub-01_T1w.nii.gz,sub-01_T2w.nii.gz,sub-01_FLAIR.nii.gz -o out
 
-    A list goes on after a scan that fails and ends with a table of failures and exit status 1. Where nothing could be
-    used, the status is 2.
+    A list goes on after a scan that fails and ends with a table of failures and exit status 1. Where nothing
+    could be used, the status is 2.
     """
     subjects = [Subject.parse(text) for text in scans]
     protect = tuple(path for subject in subjects for path in subject.channels)
@@ -131,7 +139,9 @@ def segment(
                 twin = taken.get(subject.stem)
                 if twin is not None:
                     remedy = "rename one, or segment them into different folders"
-                    raise UnusableInput(subject.name, f"would have outputs of the same names as {twin.name}", remedy)
+                    raise UnusableInput(
+                        subject.name, f"would have outputs of the same names as {twin.name}", remedy
+                    )
                 taken[subject.stem] = subject
                 result = segment_subject(subject, request, label)
             except Exception as error:  # a list goes on, whatever happened to one of its scans
@@ -200,7 +210,8 @@ def _summary(subject: Subject, result: SegmentationResult, out: Path) -> str:
     """What was found, and where it is."""
     table = result.volumes[result.volumes["name"].isin(result.brain)]
     volumes = ", ".join(
-        f"{row['name']} {row['volume_ml']:.0f} ml ({row['q025']:.0f}–{row['q975']:.0f})" for row in table.to_dict("records")
+        f"{row['name']} {row['volume_ml']:.0f} ml ({row['q025']:.0f}–{row['q975']:.0f})"
+        for row in table.to_dict("records")
     )
     kind = "stripped brain" if result.stripped else "whole head"
     seconds = sum(result.seconds.values())

@@ -1,4 +1,4 @@
-"""The report's figures. Each function takes a result and gives a matplotlib figure; no global state is used."""
+"""The report's figures, each a function of a result; matplotlib's global state is not touched."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from probmed.report.palette import ACCENT, FAINT, INK, label_colours, rgb
-from probmed.report.planes import Array, Orientation, Plane, bounding_box, centre_of, plane_at, planes_through, spread_over, window
+from probmed.report.planes import (
+    Array,
+    Orientation,
+    Plane,
+    bounding_box,
+    centre_of,
+    plane_at,
+    planes_through,
+    spread_over,
+    window,
+)
 from probmed.workflows.segmentation import SegmentationResult
 
 _WIDTH = 9.6  # inches
@@ -26,7 +37,7 @@ _MARGIN_MM = 12.0
 
 @dataclass(frozen=True)
 class View:
-    """A result's images, reoriented once for all figures: ``(nx, ny, nz)`` each, and the planes through the brain."""
+    """A result's images, reoriented once for all figures, ``(nx, ny, nz)``, and planes through the brain."""
 
     scan: Array
     labels: Array
@@ -50,11 +61,15 @@ class View:
         brain = np.isin(labels, [index[name] for name in result.brain])
         box = bounding_box(brain, _MARGIN_MM, turn.spacing)
         scans = [turn(first.data.cpu().numpy())]
-        for volume, corrected, bias in zip(result.channels[1:], result.corrected[1:], result.bias[1:], strict=True):
-            # Other channels have grids of their own; what the model saw of them is the corrected image over the field.
+        for volume, corrected, bias in zip(
+            result.channels[1:], result.corrected[1:], result.bias[1:], strict=True
+        ):
+            # Other channels have grids of their own; what the model saw of them is corrected over field.
             del volume
             scans.append(turn((corrected / bias.clamp_min(1e-6)).cpu().numpy()))
-        probabilities = {name: turn(result.probabilities[result.names.index(name)].cpu().numpy()) for name in result.brain}
+        probabilities = {
+            name: turn(result.probabilities[result.names.index(name)].cpu().numpy()) for name in result.brain
+        }
         return cls(
             scan=scans[0],
             labels=labels,
@@ -101,7 +116,9 @@ def slices(view: View, count: int = 12) -> Figure | None:
     figure = _figure(_WIDTH, _WIDTH / columns * height / width * rows)
     limits = window(view.scan)
     for i, plane in enumerate(planes):
-        axis = figure.add_axes(((i % columns) / columns, 1 - (i // columns + 1) / rows, 0.99 / columns, 0.99 / rows))
+        axis = figure.add_axes(
+            ((i % columns) / columns, 1 - (i // columns + 1) / rows, 0.99 / columns, 0.99 / rows)
+        )
         _grey(axis, plane, view.scan, limits)
         _tint(axis, plane, view)
         _sides(axis, plane)
@@ -111,15 +128,17 @@ def slices(view: View, count: int = 12) -> Figure | None:
 def posterior(view: View) -> Figure:
     """p(S = k | I) of each brain label, and the entropy."""
     names = list(view.probabilities)
-    figure, axes = _panels(view.planes, len(names) + 1, [f"p({name})" for name in names] + ["entropy"], bars=True)
+    figure, axes = _panels(
+        view.planes, len(names) + 1, [f"p({name})" for name in names] + ["entropy"], bars=True
+    )
     for row, name in enumerate(names):
         shown = None
         for column, plane in enumerate(view.planes):
-            shown = _map(axes[row][column], plane, view.probabilities[name], "magma", 0.0, 1.0)
+            shown = _map(axes[row][column], plane, view.probabilities[name], "magma", Normalize(0.0, 1.0))
         _bar(figure, axes[row][-1], shown, "")
     top = max(math.log(2), float(np.quantile(view.entropy, 0.9999)))
     for column, plane in enumerate(view.planes):
-        shown = _map(axes[-1][column], plane, view.entropy, "viridis", 0.0, top)
+        shown = _map(axes[-1][column], plane, view.entropy, "viridis", Normalize(0.0, top))
     _bar(figure, axes[-1][-1], shown, "nats")
     return figure
 
@@ -131,10 +150,11 @@ def bias(view: View, channel: int) -> Figure:
     field = view.bias[channel]
     reach = float(np.abs(np.log(np.clip(field[inside], 1e-6, None))).max()) if inside.any() else 0.0
     span = math.exp(max(reach, 0.05))
+    scale = TwoSlopeNorm(1.0, 1 / span, span)
     shown = None
     for column, plane in enumerate(view.planes):
         _grey(axes[0][column], plane, view.scans[channel], window(view.scans[channel]))
-        shown = _map(axes[1][column], plane, field, "RdBu_r", 2 - span, span)
+        shown = _map(axes[1][column], plane, field, "RdBu_r", scale)
         _grey(axes[2][column], plane, view.corrected[channel], window(view.corrected[channel]))
     _bar(figure, axes[1][-1], shown, "×")
     for row in (0, 2):
@@ -166,7 +186,9 @@ def histogram(view: View, result: SegmentationResult, channel: int) -> Figure:
         curve = np.zeros_like(x)
         for g in own:
             weight = mass * shares[g] / max(float(shares[own].sum()), 1e-12)
-            curve += weight * np.exp(-0.5 * (x - means[g]) ** 2 / variances[g]) / np.sqrt(2 * np.pi * variances[g])
+            curve += (
+                weight * np.exp(-0.5 * (x - means[g]) ** 2 / variances[g]) / np.sqrt(2 * np.pi * variances[g])
+            )
         axis.plot(x, curve, color=view.colours[name], lw=2, label=name)
         total += curve
     axis.plot(x, total, color=INK, lw=1, ls="--", label="sum")
@@ -190,7 +212,9 @@ def volumes(result: SegmentationResult, truth: dict[str, float] | None = None) -
         row = table.loc[name]
         axis = figure.add_axes((0.09, 1 - (i + 1) * height + 0.42 * height, 0.87, 0.5 * height))
         for a, b, thick in (("q025", "q975", 4), ("q100", "q900", 8), ("q250", "q750", 13)):
-            axis.plot([row[a], row[b]], [0, 0], color=colours[name], lw=thick, alpha=0.45, solid_capstyle="butt")
+            axis.plot(
+                [row[a], row[b]], [0, 0], color=colours[name], lw=thick, alpha=0.45, solid_capstyle="butt"
+            )
         axis.plot([row["volume_ml"]], [0], "|", color=INK, ms=18, mew=2)
         ends = [row["q025"], row["q975"], row["volume_ml"]]
         if truth is not None and name in truth:
@@ -226,7 +250,9 @@ def convergence(result: SegmentationResult) -> Figure:
 def png(figure: Figure) -> bytes:
     """The figure as an image file; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    figure.savefig(
+        buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor(), metadata={"Software": None}
+    )
     return buffer.getvalue()
 
 
@@ -244,7 +270,7 @@ def _figure(width: float, height: float) -> Figure:
 def _panels(
     planes: Sequence[Plane], rows: int, titles: Sequence[str], bars: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Rows of the same planes at one scale, a row's title at its left, and room for colour bars at its right."""
+    """Rows of the same planes at one scale, titles at their left, and room for colour bars at their right."""
     left, right, gap = 0.35, 0.75 if bars else 0.05, 0.06
     scale = [_millimetres(plane) for plane in planes]
     # A lone slice would otherwise fill the page.
@@ -259,15 +285,24 @@ def _panels(
         x, line = left, []
         y = total - (row + 1) * (tall + gap) + gap
         for width, height in scale:
-            box = (x / _WIDTH, (y + (tall - height * unit) / 2) / total, width * unit / _WIDTH, height * unit / total)
+            box = (
+                x / _WIDTH,
+                (y + (tall - height * unit) / 2) / total,
+                width * unit / _WIDTH,
+                height * unit / total,
+            )
             axis = figure.add_axes(box)
             axis.set_axis_off()
             line.append(axis)
             x += width * unit + gap
         if bars:
-            line.append(figure.add_axes((x / _WIDTH, (y + 0.1 * tall) / total, 0.12 / _WIDTH, 0.8 * tall / total)))
+            line.append(
+                figure.add_axes((x / _WIDTH, (y + 0.1 * tall) / total, 0.12 / _WIDTH, 0.8 * tall / total))
+            )
         middle = (y + tall / 2) / total
-        figure.text(0.1 / _WIDTH, middle, titles[row], rotation=90, va="center", ha="center", color=INK, fontsize=10)
+        figure.text(
+            0.1 / _WIDTH, middle, titles[row], rotation=90, va="center", ha="center", color=INK, fontsize=10
+        )
         grid.append(line)
     return figure, grid
 
@@ -280,13 +315,21 @@ def _millimetres(plane: Plane) -> tuple[float, float]:
 
 def _grey(axis: Axes, plane: Plane, image: Array, limits: tuple[float, float]) -> None:
     axis.imshow(
-        plane.cut(image), cmap="gray", vmin=limits[0], vmax=limits[1], origin="lower", aspect="auto", interpolation="bilinear"
+        plane.cut(image),
+        cmap="gray",
+        vmin=limits[0],
+        vmax=limits[1],
+        origin="lower",
+        aspect="auto",
+        interpolation="bilinear",
     )
     axis.set_axis_off()
 
 
-def _map(axis: Axes, plane: Plane, image: Array, colours: str, low: float, high: float) -> Any:
-    shown = axis.imshow(plane.cut(image), cmap=colours, vmin=low, vmax=high, origin="lower", aspect="auto", interpolation="nearest")
+def _map(axis: Axes, plane: Plane, image: Array, colours: str, scale: Normalize) -> Any:
+    shown = axis.imshow(
+        plane.cut(image), cmap=colours, norm=scale, origin="lower", aspect="auto", interpolation="nearest"
+    )
     axis.set_axis_off()
     return shown
 
@@ -301,7 +344,9 @@ def _tint(axis: Axes, plane: Plane, view: View) -> None:
 
 def _sides(axis: Axes, plane: Plane) -> None:
     for x, side, text in zip((0.02, 0.98), ("left", "right"), plane.edges, strict=True):
-        axis.text(x, 0.98, text, transform=axis.transAxes, ha=side, va="top", color="white", fontsize=8, alpha=0.9)
+        axis.text(
+            x, 0.98, text, transform=axis.transAxes, ha=side, va="top", color="white", fontsize=8, alpha=0.9
+        )
 
 
 def _bar(figure: Figure, axis: Axes, shown: Any, unit: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from probmed import __version__
 from probmed.report import figures
@@ -16,7 +17,11 @@ from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("probmed.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    loader=jinja2.PackageLoader("probmed.report", "."),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
 )
 _SCORE_WORDS = ((0.6, "good"), (0.3, "fair"), (0.0, "poor"))
 _SYMBOLS = (
@@ -77,7 +82,9 @@ def segmentation_page(
             "word": next(word for limit, word in _SCORE_WORDS if score >= limit or limit == 0.0),
             "evidence": f"{result.quality['log_evidence_per_voxel']:.3f}",
             "residual": [
-                (name, f"{r['mean']:+.2f}", f"{r['sd']:.2f}") for name, r in result.quality["residual"].items() if name in result.brain
+                (name, f"{r['mean']:+.2f}", f"{r['sd']:.2f}")
+                for name, r in result.quality["residual"].items()
+                if name in result.brain
             ],
             "remarks": [*result.quality["remarks"]],
         },
@@ -89,7 +96,7 @@ def segmentation_page(
     )
 
 
-def _image(figure: figures.Figure, description: str) -> Markup:
+def _image(figure: Figure, description: str) -> Markup:
     width = round(figure.get_figwidth() * 100)
     return Markup('<img src="{}" alt="{}" width="{}">').format(figures.data_uri(figure), description, width)
 
@@ -136,4 +143,5 @@ def _number(value: float) -> str:
 
 def _marked_up(equation: str) -> Markup:
     """An equation in Unicode with ``_k`` as a lowered k."""
-    return Markup(re.sub(r"_(\w)", r"<sub>\1</sub>", html.escape(equation.strip())))
+    text = html.escape(equation.strip()).replace("ₓ", "_x")
+    return Markup(re.sub(r"_(\w)", r"<sub>\1</sub>", text))

@@ -12,7 +12,7 @@ _DISTINCT = ("#e4593b", "#f2b134", "#3d85c6", "#7a5cc7", "#2a9d6f", "#d1477f", "
 
 
 def label_colours(names: Sequence[str], colours: Sequence[str], shown: Sequence[str]) -> dict[str, str]:
-    """A colour for each shown label: the atlas's own, or another where that is a grey, which a scan is full of."""
+    """A colour for each shown label: the atlas's own, or another where that is a grey like the scan."""
     given = dict(zip(names, colours, strict=True))
     spare = [c for c in _DISTINCT if c not in given.values()]
     out: dict[str, str] = {}

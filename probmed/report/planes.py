@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 PLANES = ("axial", "coronal", "sagittal")
 # Of each plane: the axis (x, y, z = 0, 1, 2) that it is across, and the names of its left and right edges.
 _ACROSS = {"axial": 2, "coronal": 1, "sagittal": 0}
 _EDGES = {"axial": ("L", "R"), "coronal": ("L", "R"), "sagittal": ("P", "A")}
+_ASIDE_MM = 14.0
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,13 @@ class Plane:
 def planes_through(
     centre: Sequence[int], box: Sequence[slice], shape: Sequence[int], spacing: Sequence[float]
 ) -> list[Plane]:
-    """The anatomical planes through a voxel, cropped to a box; of a single slice, only its own plane."""
-    return [
-        plane_at(name, centre[_ACROSS[name]], box, spacing) for name in PLANES if _is_shown(name, shape)
-    ]
+    """The anatomical planes through a voxel, cropped to a box; of a single slice, only its own plane.
+
+    The sagittal one is moved to the side, for in the middle there is more falx than brain.
+    """
+    middle = list(centre)
+    middle[0] = min(middle[0] + round(_ASIDE_MM / spacing[0]), shape[0] - 1)
+    return [plane_at(name, middle[_ACROSS[name]], box, spacing) for name in PLANES if _is_shown(name, shape)]
 
 
 def _is_shown(name: str, shape: Sequence[int]) -> bool:
@@ -103,14 +108,14 @@ def plane_at(name: str, index: int, box: Sequence[slice], spacing: Sequence[floa
 
 
 def spread_over(box: Sequence[slice], name: str, count: int) -> list[int]:
-    """``count`` slices at even distances through a box, its ends left out."""
+    """``count`` slices at even distances through a box, its outer eighths left out."""
     part = box[_ACROSS[name]]
-    inner = np.linspace(part.start, part.stop - 1, count + 2)[1:-1]
-    return sorted({int(round(i)) for i in inner})
+    end = (part.stop - 1 - part.start) / 8
+    return sorted({round(float(i)) for i in np.linspace(part.start + end, part.stop - 1 - end, count)})
 
 
-def bounding_box(mask: Array, margin_mm: float, spacing: Sequence[float]) -> tuple[slice, ...]:
-    """The voxels around those in a mask ``(nx, ny, nz)``, with a margin; the whole image where the mask is empty."""
+def bounding_box(mask: Mask, margin_mm: float, spacing: Sequence[float]) -> tuple[slice, ...]:
+    """The voxels around a mask ``(nx, ny, nz)``, with a margin; the whole image where the mask is empty."""
     inside = np.argwhere(mask)
     if not len(inside):
         return tuple(slice(0, n) for n in mask.shape)
@@ -122,15 +127,15 @@ def bounding_box(mask: Array, margin_mm: float, spacing: Sequence[float]) -> tup
     )
 
 
-def centre_of(mask: Array) -> tuple[int, ...]:
+def centre_of(mask: Mask) -> tuple[int, ...]:
     """The voxel at the mean position of a mask; the middle of the image where it is empty."""
     inside = np.argwhere(mask)
     centre = inside.mean(0) if len(inside) else (np.array(mask.shape) - 1) / 2
-    return tuple(int(round(c)) for c in centre)
+    return tuple(round(float(c)) for c in centre)
 
 
 def window(values: Array, low: float = 0.5, high: float = 99.5) -> tuple[float, float]:
-    """Grey-value limits that a few bright or dark voxels do not move: percentiles of the finite values that are not the darkest."""
+    """Grey-value limits that a few voxels do not move: percentiles of the values above the darkest."""
     values = values[np.isfinite(values)]
     lit = values[values > values.min()] if values.size else values
     if not lit.size:
