@@ -26,7 +26,7 @@ LinearMap = Callable[[Tensor], Tensor]
 
 
 def laplace_draws(
-    scores: Scores, count: int, tempering: float = 1.0, generator: torch.Generator | None = None, tolerance: float = 1e-3, iterations: int = 200
+    scores: Scores, count: int, tempering: float = 1.0, generator: torch.Generator | None = None, tolerance: float = 1e-2, iterations: int = 200
 ) -> tuple[Tensor, Tensor | None]:
     """Draws of the departure from the mode.
 

@@ -52,7 +52,7 @@ class Settings:
 
     spacing_mm: float = 3.0
     margin_mm: float = 15.0
-    velocity_mm: float = 6.0
+    velocity_mm: float = 8.0
     velocity_sd_mm: float = 4.0
     velocity_length_mm: float = 30.0
     cutoff_mm: float = 60.0
@@ -186,7 +186,10 @@ def build(prepared: Prepared, settings: Settings) -> Segmentation:
     markov = MarkovField(labels, settings.markov * min(min(prepared.grid.spacing), 1.5) ** 2) if settings.markov else labels
     channels = len(prepared.image)
     appearance = GaussianMixture.for_labels(atlas.names, channels, tie=settings.tie)
-    bias = BiasField(settings.cutoff_mm, channels=channels, domain=prepared.grid)
+    # The cosines run over what is fitted; beyond, they go on as their own mirror image.
+    where = prepared.points.mask.nonzero()
+    domain = prepared.points.lattice.cropped(where.amin(0).tolist(), (where.amax(0) + 1).tolist())
+    bias = BiasField(settings.cutoff_mm, channels=channels, domain=domain)
     return Segmentation(markov, appearance, bias, tempering=settings.tempering or 0.1)
 
 
