@@ -268,6 +268,8 @@ class GaussianMixture(PyroModule):
         scatter = scatter + n0 * shift[:, :, None] * shift[:, None, :]
         # Each mean's own prior has a covariance too, hence the one a Gaussian.
         covariances = (self._pooled(scatter) + self._psi(scatter)) / (self._pooled(mass + 1) + self.df + c + 1)[:, None, None]
+        # Rounding leaves the two triangles apart by more than what counts as symmetric.
+        covariances = (covariances + covariances.mT) / 2
 
         # Weights: log Σ_j w_j T_j is concave, its tangent bounds it, and the bound's maximum is closed (SPM's update).
         atlas = mixture._flat(log_atlas).exp()
