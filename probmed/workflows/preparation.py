@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.ndimage import distance_transform_edt
@@ -119,7 +119,9 @@ def _without_outside(atlas: LabelAtlas) -> LabelAtlas:
     outside = [name for name in atlas.names if name not in atlas.brain]
     if "CSF" not in atlas.brain or not outside:
         return atlas.stripped()
-    return atlas.merged({name: [name, *(outside if name == "CSF" else [])] for name in atlas.brain})
+    merged = atlas.merged({name: [name, *(outside if name == "CSF" else [])] for name in atlas.brain})
+    # The fluid keeps its own number, though the outside's, 0, is smaller.
+    return replace(merged, indices=tuple(atlas.indices[atlas.names.index(name)] for name in merged.names))
 
 
 def _name(volume: Volume) -> str:

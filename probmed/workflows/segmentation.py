@@ -169,7 +169,10 @@ def segment(
     volume_draws = draw_volumes(model, mode.state, samples, prepared, posterior, seed) if draws else posterior.volumes_ml[None]
     clock.lap("draws")
     tell("done", 1.0)
-    return _result(model, mode, prepared, posterior, samples, volume_draws, channels, settings, clock.seconds, seed)
+    result = _result(model, mode, prepared, posterior, samples, volume_draws, channels, settings, clock.seconds, seed)
+    # In the atlas for a stripped scan fluid counts as outside; in the result it is one of the brain's labels again.
+    result.brain = tuple(name for name in atlas.brain if name in result.names)
+    return result
 
 
 def build(prepared: Prepared, settings: Settings) -> Segmentation:
