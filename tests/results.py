@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import nibabel as nib
+import nibabel
 import numpy as np
 import torch
 
@@ -16,6 +17,7 @@ from probmed.transforms import Affine
 from probmed.volumes import UnusableInput, Volume, read_scan
 from probmed.workflows.segmentation import SegmentationResult, volume_table
 
+nib: Any = nibabel  # its classes are partly untyped
 NAMES = ("GM", "WM", "CSF", "background")
 TRANSLATION = torch.tensor([3.0, -2.0, 1.0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import os
 import resource
 import shutil
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -23,8 +24,9 @@ from typer.testing import CliRunner, Result
 from probmed import cli
 from probmed.atlases import write_atlas
 from probmed.cli import demo
-from probmed.workflows import outputs, segmentation
+from probmed.workflows import segmentation
 
+nib: Any = nibabel  # its classes are partly untyped
 Array = NDArray[Any]
 
 
@@ -282,7 +284,7 @@ def test_disk_full_at_any_file(
     fitted: None, workplace: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     write_tiny_scan(workplace / "s.nii.gz")
-    left, replace = [calls], outputs.os.replace
+    left, replace = [calls], os.replace
 
     def fail(source: Any, target: Any) -> None:
         if left[0] == 0:
@@ -290,7 +292,7 @@ def test_disk_full_at_any_file(
         left[0] -= 1
         replace(source, target)
 
-    monkeypatch.setattr(outputs.os, "replace", fail)
+    monkeypatch.setattr("probmed.workflows.outputs.os.replace", fail)
     refused(call("segment", "s.nii.gz", "-o", "out"), "No space left on device")
     assert [path.name for path in workplace.iterdir()] == ["s.nii.gz"]
 

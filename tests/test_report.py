@@ -5,8 +5,9 @@ from __future__ import annotations
 import html.parser
 import json
 from pathlib import Path
+from typing import Any
 
-import nibabel as nib
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +22,8 @@ from probmed.volumes import UnusableInput, read_labels, read_scan
 from probmed.workflows.outputs import output_names, staged, warp_grid, write_segmentation
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult
+
+nib: Any = nibabel  # its classes are partly untyped
 
 
 def write(result: SegmentationResult, folder: Path, samples: int = 0, page: str = "<p>") -> list[Path]:

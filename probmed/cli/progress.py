@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from rich.table import Table
 from probmed.volumes import UnusableInput
 
 Tell = Callable[[str, float], None]
+_LONGEST = 200  # of an unforeseen error's text; some hold whole tensors
 
 
 def error_console() -> Console:
@@ -78,7 +80,7 @@ def failure_line(error: Exception, name: str, debug: bool) -> str:
         return str(error)
     if debug:
         error_console().print(escape("".join(traceback.format_exception(error))))
-    what = " ".join(f"{type(error).__name__}: {error}".split())
+    what = textwrap.shorten(f"{type(error).__name__}: {error}", _LONGEST, placeholder=" …")
     return f"{name}: failed unexpectedly ({what}); run it with --debug and report what that shows"
 
 

@@ -100,7 +100,7 @@ def segment(
     """Segment brain scans into tissues, with posteriors, volumes and their intervals.
 
     Of sub-01_T1w.nii.gz it writes, all or nothing: sub-01_T1w_dseg.nii.gz (labels), _label-GM_probseg and so
-    on (posteriors), _desc-entropy, _desc-bias, _desc-corrected, warps to the atlas and back (for ITK and ANTs),
+    on (posteriors), _desc-entropy, _desc-bias, _desc-corrected, warps to the atlas and back (for ITK, ANTs),
     _volumes.tsv with 50, 80 and 95 % intervals, a JSON file beside each, and _report.html.
 
     [bold]Examples[/bold]

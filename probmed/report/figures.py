@@ -94,7 +94,7 @@ class View:
 def segmentation(view: View) -> Figure:
     """The scan and the labels over it, in three planes."""
     figure, axes = _panels(view.planes, 2, ["scan", "labels"])
-    limits = window(view.scan)
+    limits = window(view.scan, view.brain > 0.5)
     for column, plane in enumerate(view.planes):
         _grey(axes[0][column], plane, view.scan, limits)
         _grey(axes[1][column], plane, view.scan, limits)
@@ -114,7 +114,7 @@ def slices(view: View, count: int = 12) -> Figure | None:
     width, height = planes[0].size
     rows = math.ceil(len(planes) / columns)
     figure = _figure(_WIDTH, _WIDTH / columns * height / width * rows)
-    limits = window(view.scan)
+    limits = window(view.scan, view.brain > 0.5)
     for i, plane in enumerate(planes):
         axis = figure.add_axes(
             ((i % columns) / columns, 1 - (i // columns + 1) / rows, 0.99 / columns, 0.99 / rows)
@@ -153,9 +153,9 @@ def bias(view: View, channel: int) -> Figure:
     scale = TwoSlopeNorm(1.0, 1 / span, span)
     shown = None
     for column, plane in enumerate(view.planes):
-        _grey(axes[0][column], plane, view.scans[channel], window(view.scans[channel]))
+        _grey(axes[0][column], plane, view.scans[channel], window(view.scans[channel], inside))
         shown = _map(axes[1][column], plane, field, "RdBu_r", scale)
-        _grey(axes[2][column], plane, view.corrected[channel], window(view.corrected[channel]))
+        _grey(axes[2][column], plane, view.corrected[channel], window(view.corrected[channel], inside))
     _bar(figure, axes[1][-1], shown, "×")
     for row in (0, 2):
         axes[row][-1].set_axis_off()

@@ -134,11 +134,18 @@ def centre_of(mask: Mask) -> tuple[int, ...]:
     return tuple(round(float(c)) for c in centre)
 
 
-def window(values: Array, low: float = 0.5, high: float = 99.5) -> tuple[float, float]:
-    """Grey-value limits that a few voxels do not move: percentiles of the values above the darkest."""
-    values = values[np.isfinite(values)]
-    lit = values[values > values.min()] if values.size else values
+def window(values: Array, inside: Mask | None = None) -> tuple[float, float]:
+    """Grey-value limits that a few voxels do not move: percentiles of the values above the darkest.
+
+    Arguments:
+        inside: where the image's interest lies; bright fat elsewhere is then left to saturate.
+    """
+    known = values[np.isfinite(values)]
+    lit = known[known > known.min()] if known.size else known
     if not lit.size:
         return 0.0, 1.0
-    a, b = np.percentile(lit, [low, high])
-    return float(min(a, 0.0) if values.min() >= 0 else a), float(b if b > a else a + 1.0)
+    low, high = np.percentile(lit, [0.5, 99.5])
+    if inside is not None and inside.any():
+        high = min(high, 1.15 * np.percentile(values[inside], 99.5))
+    low = min(low, 0.0) if known.min() >= 0 else low
+    return float(low), float(high if high > low else low + 1.0)
