@@ -39,7 +39,9 @@ def modules_within(program: Any) -> Iterator[nn.Module]:
             waiting += [item.__self__, item.__func__]
         elif inspect.isfunction(item):
             variables = inspect.getclosurevars(item)
-            waiting += [*variables.nonlocals.values(), *variables.globals.values(), getattr(item, "__wrapped__", None)]
+            # Of global names modules only: their functions lead far into libraries.
+            waiting += [value for value in variables.globals.values() if isinstance(value, nn.Module)]
+            waiting += [*variables.nonlocals.values(), getattr(item, "__wrapped__", None)]
 
 
 @contextmanager

@@ -159,6 +159,22 @@ class Segmentation(PyroModule):
             samples["velocity"] = state["velocity"] + field.to(state["velocity"])
         return samples
 
+    def label_posterior(self, state: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid) -> Tensor:
+        """p(S_v = k | image, latents), ``(K, *shape)``."""
+        return self.mixture(state, grid).posterior(image)
+
+    @torch.no_grad()
+    def volume_draws(self, samples: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid) -> Tensor:
+        """Volumes of the labels in ml, ``(draws, K)``: for each draw of the latents, the labels drawn given them, their sums being normal by their
+        size. Voxels whose noise is shared count as many times less as the tempering says."""
+        rows = []
+        for i in range(len(samples["means"])):
+            p = self.label_posterior({name: value[i] for name, value in samples.items()}, image, grid).flatten(1).double()
+            covariance = torch.diag(p.sum(1)) - p @ p.T
+            spectrum, axes = torch.linalg.eigh(covariance / self.tempering)
+            rows.append(p.sum(1) + axes @ (spectrum.clamp_min(0).sqrt() * torch.randn_like(spectrum)))
+        return torch.stack(rows).clamp_min(0) * grid.voxel_volume / 1000
+
     def _bias_objective(self, state: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid, log_atlas: Tensor) -> Tensor:
         if self.bias is None:
             raise ValueError("this model has no bias field")

@@ -34,10 +34,8 @@ def blobs(shape: tuple[int, ...], seed: int) -> tuple[torch.Tensor, torch.Tensor
 def boundary_by_hand(mask: torch.Tensor) -> list[tuple[int, ...]]:
     found = []
     for voxel in itertools.product(*map(range, mask.shape)):
-        neighbours = [voxel[:i] + (voxel[i] + s,) + voxel[i + 1 :] for i in range(mask.ndim) for s in (-1, 1)]
-        inside = [
-            all(0 <= v < n for v, n in zip(x, mask.shape, strict=True)) and bool(mask[x]) for x in neighbours
-        ]
+        neighbours = [(*voxel[:i], voxel[i] + s, *voxel[i + 1 :]) for i in range(mask.ndim) for s in (-1, 1)]
+        inside = [all(0 <= v < n for v, n in zip(x, mask.shape, strict=True)) and bool(mask[x]) for x in neighbours]
         if mask[voxel] and not all(inside):
             found.append(voxel)
     return found
@@ -108,9 +106,7 @@ def test_scores_of_probabilities_by_hand() -> None:
     brier = [0.3**2 + 0.2**2 + 0.1**2, 0.2**2 + 0.5**2 + 0.3**2, 1 + 0.1**2 + 0.9**2]
     assert brier_score(probabilities, labels) == pytest.approx(sum(brier) / 3)
     mask = torch.tensor([True, True, False])
-    assert negative_log_likelihood(probabilities, labels, mask) == pytest.approx(
-        -(math.log(0.7) + math.log(0.5)) / 2
-    )
+    assert negative_log_likelihood(probabilities, labels, mask) == pytest.approx(-(math.log(0.7) + math.log(0.5)) / 2)
     assert brier_score(probabilities, labels, mask) == pytest.approx(sum(brier[:2]) / 2)
     with pytest.raises(ValueError, match="labels in"):
         brier_score(probabilities, torch.tensor([0, 1, 3]))
@@ -125,9 +121,7 @@ def test_scores_agree_with_torch_in_three_dimensions() -> None:
     expected = torch.nn.functional.cross_entropy(logits[None], labels[None])
     assert negative_log_likelihood(logits.softmax(0), labels) == pytest.approx(float(expected))
     onehot = torch.nn.functional.one_hot(labels, 4).movedim(-1, 0)
-    assert brier_score(logits.softmax(0), labels) == pytest.approx(
-        float((logits.softmax(0) - onehot).square().sum(0).mean())
-    )
+    assert brier_score(logits.softmax(0), labels) == pytest.approx(float((logits.softmax(0) - onehot).square().sum(0).mean()))
 
 
 def test_calibration_error_by_hand_and_of_a_calibrated_forecast() -> None:
@@ -135,9 +129,7 @@ def test_calibration_error_by_hand_and_of_a_calibrated_forecast() -> None:
     y = torch.tensor([False, False, True, True, True])
     expected = (0.05 + abs(0.3 - 1) + abs(1.95 - 2)) / 5
     assert calibration_error(p, y, bins=10) == pytest.approx(expected)
-    assert calibration_error(p, y, torch.tensor([False, True, True, False, False]), bins=10) == pytest.approx(
-        0.35
-    )
+    assert calibration_error(p, y, torch.tensor([False, True, True, False, False]), bins=10) == pytest.approx(0.35)
     assert math.isnan(calibration_error(p, y, torch.zeros(5, dtype=torch.bool)))
     generator = torch.Generator().manual_seed(1)
     p = torch.rand(200_000, generator=generator)
@@ -145,9 +137,7 @@ def test_calibration_error_by_hand_and_of_a_calibrated_forecast() -> None:
     assert calibration_error(p, calibrated) < 0.01
     # Overconfident: p pushed to the ends. Its error is the mean of |p' - p|.
     pushed = torch.where(p > 0.5, p.sqrt(), p.square())
-    assert calibration_error(pushed, calibrated, bins=100) == pytest.approx(
-        float((pushed - p).abs().mean()), abs=0.01
-    )
+    assert calibration_error(pushed, calibrated, bins=100) == pytest.approx(float((pushed - p).abs().mean()), abs=0.01)
     with pytest.raises(ValueError, match="bin"):
         calibration_error(p, calibrated, bins=0)
 
@@ -174,9 +164,7 @@ def test_interval_coverage_counts_both_ends() -> None:
 def test_interval_score_by_hand_and_proper() -> None:
     lower, upper = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])
     truth = torch.tensor([0.5, 1.2, -0.1])
-    assert interval_score(lower, upper, truth, 0.8) == pytest.approx(
-        (1 + (1 + 10 * 0.2) + (1 + 10 * 0.1)) / 3
-    )
+    assert interval_score(lower, upper, truth, 0.8) == pytest.approx((1 + (1 + 10 * 0.2) + (1 + 10 * 0.1)) / 3)
     draws = torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = []
     for scale in (0.6, 1.0, 1.6):
