@@ -1,0 +1,1 @@
+"""One script a table; ``python -m benchmarks NAME`` runs it."""
