@@ -72,8 +72,7 @@ class Mode:
 def log_joint(model: Callable[..., Any], state: Mapping[str, Tensor], *data: Any) -> Tensor:
     """log p(data, state) in nats, at given values of every latent site; differentiable in them."""
     trace = poutine.trace(poutine.condition(model, data=dict(state))).get_trace(*data)
-    total: Tensor = trace.log_prob_sum()
-    return total
+    return torch.as_tensor(trace.log_prob_sum())
 
 
 class _Whitener:

@@ -32,7 +32,7 @@ def infer(
     for item in data:
         whole = _image_and_grid(item) if isinstance(item, Volume) else [item]
         arguments += whole
-        fitted_on += _subsample(*whole, spacing_mm) if isinstance(item, Volume) else whole
+        fitted_on += _subsample(whole[0], whole[1], spacing_mm) if isinstance(item, Volume) else whole
     torch.manual_seed(seed)
     if hasattr(model, "em_step") and hasattr(model, "scores"):
         mode = em(model, *fitted_on, **options)

@@ -14,13 +14,13 @@ References: Papandreou & Yuille, NIPS 2010 (perturb and solve); Tierney & Kadane
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from probmed.fields import dct, idct
 from probmed.scores import Scores
-
 
 LinearMap = Callable[[Tensor], Tensor]
 
@@ -42,7 +42,7 @@ def laplace_draws(
     """
     dense = scores.dense.double()
     n, p = dense.shape
-    like = {"dtype": torch.float64, "device": dense.device}
+    like: dict[str, Any] = {"dtype": torch.float64, "device": dense.device}
     prior = torch.diag(scores.precision.double()) if scores.precision.ndim == 1 else scores.precision.double()
     precision = tempering * dense.T @ dense + prior
     root, failed = torch.linalg.cholesky_ex(precision)
@@ -55,7 +55,7 @@ def laplace_draws(
         return torch.cholesky_solve(right_dense, root).T.to(scores.dense), None
 
     shape, d, total = scores.field.grid_shape, scores.slopes.shape[-1], scores.field.event_shape[1:].numel()
-    single = {"dtype": torch.float32, "device": dense.device}
+    single: dict[str, Any] = {"dtype": torch.float32, "device": dense.device}
     slopes, nodes = scores.slopes.float(), scores.nodes
     eigenvalues = scores.field.eigenvalues.to(**single)
 

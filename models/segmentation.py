@@ -78,7 +78,8 @@ class Segmentation(PyroModule):
     def start(self, image: Tensor, grid: Grid | MaskedGrid) -> dict[str, Tensor]:
         """Every latent's starting value: the prior's mode for anatomy and bias, the atlas's own statistics for the appearance."""
         trace = poutine.trace(poutine.block(self.labels, expose=["affine", "velocity"])).get_trace(grid)
-        state = {name: torch.zeros_like(trace.nodes[name]["value"]) for name in trace.stochastic_nodes}
+        values = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
+        state = {name: torch.zeros_like(value) for name, value in values.items() if isinstance(value, Tensor)}
         if self.bias is not None:
             state["bias"] = torch.zeros(self.bias.channels, self.bias.prior_sd(grid).numel()).to(image)
         return state | self.appearance.start(self.log_atlas(state, grid), image)
@@ -102,7 +103,7 @@ class Segmentation(PyroModule):
         return state
 
     def remaining(self, state: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid) -> Callable[[], Any]:
-        """A program of the sites without closed form, given the others: the joint density up to a constant, without evaluating the appearance again."""
+        """A program of the sites without closed form, given the others: the joint density up to a constant, the appearance evaluated once."""
         if self.labels.coupling is not None:
             return partial(self, image, grid)
         with torch.no_grad():
@@ -119,7 +120,8 @@ class Segmentation(PyroModule):
     def scores(self, state: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid) -> Scores:
         """Each voxel's gradient of log p in every latent at ``state``: what the Laplace posterior is made of.
 
-        The dense block holds the appearance's coordinates (``GaussianMixture.scores``), the bias coefficients and the affine parameters, in this order.
+        The dense block holds the appearance's coordinates (``GaussianMixture.scores``), the bias coefficients and the affine parameters,
+        in this order.
         """
         log_atlas = self.log_atlas(state, grid)
         mixture = self.mixture(state, grid, log_atlas)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -66,7 +67,7 @@ class Coupling:
         """Red–black Gibbs sweeps over ``labels`` (one fewer axis than ``unary``), started where the caller likes."""
         d, k = len(self.spacing), unary.shape[dim]
         indices = [torch.arange(n, device=unary.device) for n in unary.shape[-d:]]
-        parity = sum(torch.meshgrid(*indices, indexing="ij")) % 2
+        parity = torch.stack(torch.meshgrid(*indices, indexing="ij")).sum(0) % 2
         for _ in range(sweeps):
             for colour in (0, 1):
                 one_hot = torch.nn.functional.one_hot(labels, k).movedim(-1, dim).to(unary.dtype)
@@ -143,7 +144,7 @@ class LabelMixture(TorchDistribution):
     References: Ashburner & Friston, NeuroImage 2005 (the mixture and the bias); Van Leemput et al., IEEE TMI 1999 (mean field, outliers).
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
     def __init__(
@@ -400,7 +401,7 @@ class InverseWishart(TorchDistribution):
     References: Gelman et al., Bayesian Data Analysis, 3rd edition, appendix A.
     """
 
-    arg_constraints = {"scale": constraints.positive_definite}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"scale": constraints.positive_definite}
     support = positive_definite
     has_rsample = True
 
@@ -427,7 +428,7 @@ class InverseWishart(TorchDistribution):
         # Bartlett: W = A Aᵀ ~ Wishart(ν, I); Σ = L W⁻¹ Lᵀ with Ψ = L Lᵀ.
         c = self.scale.shape[-1]
         lead = torch.Size(sample_shape) + self.batch_shape
-        like = {"dtype": self.scale.dtype, "device": self.scale.device}
+        like: dict[str, Any] = {"dtype": self.scale.dtype, "device": self.scale.device}
         a = torch.randn(*lead, c, c, **like).tril(-1)
         degrees = self.df - torch.arange(c, **like)
         chi = torch.distributions.Gamma(degrees.expand(*lead, c) / 2, torch.tensor(0.5, **like)).rsample().sqrt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -98,7 +99,7 @@ class GaussianField(TorchDistribution):
     (torch.Size([2, 8, 8]), torch.Size([2, 8, 8]))
     """
 
-    arg_constraints = {"strength": constraints.positive, "kappa": constraints.positive}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"strength": constraints.positive, "kappa": constraints.positive}
     has_rsample = True
 
     def __init__(

@@ -66,9 +66,10 @@ class AffinePrior(PyroModule):
 
     def evaluate(self, parameters: Tensor) -> Affine:
         # The group acts in the atlas, after the start, so that its prior means the same for every scanner's frame.
-        return Affine.exp(parameters, self.ndim, self.centre) @ Affine(self.start.to(parameters))
+        moved = Affine.exp(parameters, self.ndim, self.centre).matrix
+        return Affine(moved @ self.start.to(parameters))
 
-    def forward(self) -> Affine:
+    def forward(self) -> Transform:
         return self.evaluate(pyro.sample("affine", Normal(torch.zeros_like(self.sd), self.sd).to_event(1)))
 
 
@@ -170,7 +171,7 @@ class DeformableAtlas(LabelPrior):
     """
 
     def __init__(
-        self, atlas: LabelAtlas, affine: AffinePrior | None | str = "default", deformation: SmoothVelocity | None = None, floor: float = FLOOR
+        self, atlas: LabelAtlas, affine: AffinePrior | str | None = "default", deformation: SmoothVelocity | None = None, floor: float = FLOOR
     ) -> None:
         super().__init__()
         self.names = atlas.names

@@ -22,7 +22,9 @@ from probmed.grids import Grid, sample
 class Transform:
     """A differentiable map of world points, mm to mm."""
 
-    ndim: int
+    @property
+    def ndim(self) -> int:
+        raise NotImplementedError
 
     def __call__(self, points: Tensor) -> Tensor:
         """Points ``(..., d)`` in mm to points ``(..., d)`` in mm."""

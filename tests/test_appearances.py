@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pyro
 import pyro.distributions
@@ -148,7 +149,7 @@ def test_bias_newton_steps_reach_the_maximum_of_a_quadratic_at_once() -> None:
 # Statistics and updates of the mixture.
 
 
-def appearance(channels: int = 1, outlier: float = 0.0, **options: float) -> GaussianMixture:
+def appearance(channels: int = 1, outlier: float = 0.0, **options: Any) -> GaussianMixture:
     return GaussianMixture([1, 2, 1], channels, outlier=outlier, **options)
 
 

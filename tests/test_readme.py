@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -22,9 +23,9 @@ def test_the_composition_example_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     probmed.write_scan(tmp_path / "sub-01_T1w.nii.gz", subject.image.data, subject.image)
     monkeypatch.chdir(tmp_path)
     lines = code.strip().splitlines()
-    space: dict[str, object] = {}
-    exec("\n".join(lines[:-1]) + f"\nresult = {lines[-1]}", space)  # noqa: S102 – our own README
-    labels, volumes, draws = space["result"]  # type: ignore[misc]
+    space: dict[str, Any] = {}
+    exec("\n".join(lines[:-1]) + f"\nresult = {lines[-1]}", space)
+    labels, volumes, draws = space["result"]
     assert labels.shape[1:] == subject.image.data.shape
     assert isinstance(volumes, pd.DataFrame) and (volumes["low_ml"] <= volumes["high_ml"]).all()
     assert {len(value) for value in draws.values()} == {50}

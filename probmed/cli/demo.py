@@ -25,13 +25,15 @@ from probmed.cli.options import (
     remove_if_empty,
 )
 from probmed.cli.segment import Request, Subject, segment_subject
-from probmed.simulation import degraded
+from probmed.simulation import CONTRASTS, degraded
+from probmed.simulation.contrasts import stream
 from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
 from probmed.workflows.outputs import check_outputs, output_names, staged
 from probmed.workflows.segmentation import SegmentationResult
 
 BIAS_SD = 0.3
-NOISE_SD = 0.03
+NOISE_SD = 0.08
+_EDGE = 0.1  # of the template's intensities, in [0, 1]
 _SCAN = "MNI152_desc-degraded_T1w"
 _TRUTH = "MNI152_desc-truth_dseg"
 
@@ -48,8 +50,8 @@ def demo(
 ) -> None:
     """Segment the MNI152 template, made harder by a bias field and noise, and compare with the truth.
 
-    Needs no data and no network. The truth is the likeliest tissue of each voxel in the template's atlas, so
-    this shows that all works, not how well it does on other heads.
+    Needs no data and no network. The template's tissue map is imaged as a T1 scan, with a bias field and
+    noise, so that the truth is known. It shows that all works, not how well it does on other heads.
 
     [bold]Example[/bold]
 
@@ -77,21 +79,28 @@ def demo(
 
 
 def simulated_scan(atlas: LabelAtlas, seed: int) -> tuple[Volume, Volume]:
-    """The atlas's template with a bias field and noise, its background left at 0, and the labels.
+    """A T1 scan of the template's tissues, and these.
+
+    The template is an average of 152 heads, in which no voxel's tissue is known. So its tissue map, the
+    likeliest of the atlas, is imaged anew: intensities of each tissue, bias field, noise.
 
     Raises:
         ValueError: for an atlas without a template.
     """
     if atlas.template is None:
         raise ValueError("expected an atlas with a template")
-    inside = atlas.template > 0.02
-    noisy, _ = degraded(atlas.template[None], atlas.grid, bias_sd=BIAS_SD, noise_sd=NOISE_SD, seed=seed)
+    tissues = [name for name in atlas.brain if name in CONTRASTS["T1"]]
+    chosen = [atlas.names.index(name) for name in tissues]
+    inside = atlas.template > _EDGE
+    tissue = atlas.probabilities[chosen].argmax(0)
+    labels = torch.where(inside, torch.tensor(atlas.indices)[chosen][tissue], 0)
+    _, means, deviations = torch.tensor([CONTRASTS["T1"][name][0] for name in tissues]).T
+    texture = torch.randn(tissue.shape, generator=stream(seed, "texture"))
+    sharp = torch.where(inside, means[tissue] + deviations[tissue] * texture, 0.0)
+    noisy, _ = degraded(sharp[None], atlas.grid, bias_sd=BIAS_SD, noise_sd=NOISE_SD, seed=seed)
+    # A stripped brain: nothing but zeros around it.
     image = torch.where(inside, 1000 * noisy[0].clamp_min(1e-3), 0.0)
-    stripped = atlas.stripped()
-    tissues = torch.tensor([stripped.names.index(name) for name in stripped.brain])
-    labels = torch.tensor(stripped.indices)[tissues][stripped.probabilities[tissues].argmax(0)]
-    # What the template shows is brain; the atlas decides which tissue.
-    return Volume.from_grid(image, atlas.grid), Volume.from_grid(torch.where(inside, labels, 0), atlas.grid)
+    return Volume.from_grid(image, atlas.grid), Volume.from_grid(labels, atlas.grid)
 
 
 def write_demo_scan(out: Path, scan: Volume, truth: Volume) -> Path:

@@ -162,10 +162,8 @@ def read_scan(path: PathLike, allow_nan: bool = False) -> Volume:
     low, high = (value.item() for value in volume.data.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         known = volume.data.isfinite()
-        if volume.data.isinf().any():
-            remedy = "replace them by numbers"
-        else:
-            remedy = "replace them by numbers, or allow NaN as missing (allow_nan=True)"
+        advice = "" if volume.data.isinf().any() else ", or allow NaN as missing (allow_nan=True)"
+        remedy = "replace them by numbers" + advice
         if not allow_nan or volume.data.isinf().any():
             count = volume.data.numel() - int(known.sum())
             raise UnusableInput(

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +200,12 @@ def build(prepared: Prepared, settings: Settings) -> Segmentation:
 def _fit(model: Segmentation, prepared: Prepared, settings: Settings, callback: Callable[[Round], None]) -> Mode:
     """The mode on the subsample; the tempering, where it is not given, from the residuals of a first round."""
     data = prepared.values, prepared.points
-    options = {"steps": settings.steps, "tolerance": settings.tolerance, "callback": callback}
+    run = partial(em, model, *data, steps=settings.steps, tolerance=settings.tolerance, callback=callback)
     if settings.tempering is not None:
-        return em(model, *data, rounds=settings.rounds, **options)
-    first = em(model, *data, rounds=2, **options)
+        return run(rounds=settings.rounds)
+    first = run(rounds=2)
     model.tempering = tempering_of(residuals(model.mixture(first.state, prepared.points), *data))
-    rest = em(model, *data, state=first.state, rounds=settings.rounds - 2, **options)
+    rest = run(state=first.state, rounds=settings.rounds - 2)
     return Mode(rest.state, first.rounds + [Round(r.number + 2, r.log_joint, r.gain) for r in rest.rounds], rest.converged)
 
 
@@ -403,7 +404,8 @@ def _result(
     offset, unit = (x.reshape(-1, 1, 1, 1) for x in (prepared.offset, prepared.unit))
     corrected = prepared.image * log_bias.exp() * unit + offset
     transform = pyro.poutine.condition(_deformable(model).transform, data=state)()
-    weights = state["weights"]
+    deformation, weights = _deformable(model).deformation, state["weights"]
+    velocity_grid = prepared.grid if deformation is None else deformation.grid
 
     def draw(count: int, draw_seed: int) -> Tensor:
         return draw_label_maps(model, state, samples, prepared, count, draw_seed).reshape(count, *shape).cpu()
@@ -422,7 +424,7 @@ def _result(
         corrected=corrected.nan_to_num(0.0).reshape(-1, *shape).cpu(),
         transform=transform,
         inverse=transform.inverse(),
-        velocity_grid=_deformable(model).deformation.grid,
+        velocity_grid=velocity_grid,
         volumes=volume_table(atlas, posterior.volumes_ml.cpu(), volume_draws.cpu()),
         volume_draws=volume_draws.cpu(),
         stripped=prepared.stripped,
@@ -464,7 +466,7 @@ def draw_label_maps(
     for i in range(count):
         latents = {name: sample[i % available] for name, sample in samples.items()} if available else state
         drawn = model.mixture(latents, part).sample_labels(prepared.image[(slice(None), *box)])[0]
-        out[(i, *box)] = indices[drawn] * seen[box]
+        out[i][box] = indices[drawn] * seen[box]
     return out
 
 
