@@ -105,7 +105,8 @@ class Segmentation(PyroModule):
     def remaining(self, state: dict[str, Tensor], image: Tensor, grid: Grid | MaskedGrid) -> Callable[[], Any]:
         """A program of the sites without closed form, given the others: the joint density up to a constant, the appearance evaluated once."""
         if self.labels.coupling is not None:
-            return partial(self, image, grid)
+            whole: Any = self
+            return partial(whole, image, grid)
         with torch.no_grad():
             evidence = self.mixture(state, grid).label_log_likelihood(image)
             shares = self.appearance.label_weights(state["weights"]).log()
