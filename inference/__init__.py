@@ -2,12 +2,12 @@
 
 from probmed.inference.affine import Alignment, align
 from probmed.inference.em import Mode, Round, ascend, em, log_joint
-from probmed.inference.guides import CompositeGuide, FieldGuide, SpectralNormal, automatic, structured
+from probmed.inference.guides import MAP, CompositeGuide, FieldGuide, SpectralNormal, automatic, structured
 from probmed.inference.infer import infer
 from probmed.inference.laplace import conjugate_gradients, laplace_draws
 from probmed.inference.posterior import Posterior
 from probmed.inference.predict import predictive_draws, prior_draws
-from probmed.inference.svi import MAP, Fit, Step, fit
+from probmed.inference.svi import Fit, NotFinite, Step, fit
 
 __all__ = [
     "MAP",
@@ -16,6 +16,7 @@ __all__ = [
     "FieldGuide",
     "Fit",
     "Mode",
+    "NotFinite",
     "Posterior",
     "Round",
     "SpectralNormal",

@@ -56,7 +56,7 @@ def write_checkpoint(
     Raises:
         UnusableInput: where the file cannot be written.
     """
-    tensors = {f"parameter/{name}": p for name, p in parameters.items()}
+    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in parameters.items()}
     tensors |= {f"buffer/{name}": b for name, b in buffers.items()}
     numbers: dict[str, Any] = {}
     for name, parameter in parameters.items():
@@ -98,7 +98,8 @@ def read_checkpoint(
     for key, value in settings.items():
         if before.get(key) != value:
             raise UnusableInput(path, f"was written with another {key}: expected {value!r}, got {before.get(key)!r}", remedy)
-    expected = {f"parameter/{n}": t for n, t in parameters.items()} | {f"buffer/{n}": t for n, t in buffers.items()}
+    expected: dict[str, Tensor] = {f"parameter/{n}": t for n, t in parameters.items()}
+    expected.update({f"buffer/{n}": t for n, t in buffers.items()})
     found = {name: t for name, t in stored.items() if name.startswith(("parameter/", "buffer/"))}
     for name in expected.keys() | found.keys():
         shapes = [tuple(group[name].shape) if name in group else "none" for group in (expected, found)]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import arviz
 import pandas as pd
-import pyro
 import torch
 import xarray as xr
 from pyro import poutine
-from safetensors import safe_open
+from pyro.poutine.util import prune_subsample_sites
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from probmed.inference.diagnostics import load_arviz
+from probmed.inference.parameters import cuda_devices, local_parameters, seeded, tensors_within
+from probmed.volumes import UnusableInput, atomic_write
+
 State = dict[str, Tensor]
+
+FORMAT = "probmed posterior 1"
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Posterior:
 
     samples: State
     mode: State | None = None
-    model: Callable[..., Any] | None = None
+    model: Any = None
     data: tuple[Any, ...] = ()
     log_evidence: float | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -47,18 +51,28 @@ class Posterior:
             raise ValueError(f"expected as many draws of each site, and at least one site, got {counts}")
 
     @classmethod
-    def from_guide(cls, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, draws: int = 100, seed: int | None = None) -> Posterior:
-        """Draws from a fitted guide."""
-        if seed is not None:
-            pyro.set_rng_seed(seed)
+    def from_guide(
+        cls, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, draws: int = 100, seed: int | None = None, **kwargs: Any
+    ) -> Posterior:
+        """Draws from a fitted guide, and its centre as the mode where it has one.
+
+        Arguments:
+            args, kwargs: what the guide is called with; ``args`` become the posterior's data.
+            seed: torch's generators are left as they were.
+        """
+        if draws < 1:
+            raise ValueError(f"expected at least one draw, got {draws}")
         rows = []
-        with torch.no_grad(), pyro.settings.context(module_local_params=True):
+        with torch.no_grad(), local_parameters(model, guide), seeded(seed, cuda_devices(tensors_within((args, kwargs)))):
             for _ in range(draws):
-                trace = poutine.trace(guide).get_trace(*args)
-                hidden = {name for name in trace.stochastic_nodes if trace.nodes[name]["infer"].get("is_auxiliary")}
-                # Automatic guides draw all latents at once and hand them to the model's sites as deltas.
-                rows.append({name: trace.nodes[name]["value"].detach() for name in trace.stochastic_nodes if name not in hidden})
-        return cls({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, None, model, args)
+                trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+                # Automatic guides draw all latents at once, as an auxiliary site, and hand them to the model's sites.
+                nodes: dict[str, Any] = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+                rows.append({name: node["value"].detach() for name, node in nodes.items() if not node["infer"].get("is_auxiliary")})
+            centre = guide.median(*args, **kwargs) if hasattr(guide, "median") else {}
+        mode = {name: value.detach() for name, value in centre.items()}
+        complete = mode.keys() == rows[0].keys()
+        return cls({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, mode if complete else None, model, args)
 
     @property
     def count(self) -> int:
@@ -69,7 +83,8 @@ class Posterior:
         if count is None or count == self.count:
             return dict(self.samples)
         generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(self.count, generator=generator)[:count] if count <= self.count else torch.randint(self.count, (count,), generator=generator)
+        order = torch.randperm(self.count, generator=generator)
+        index = order[:count] if count <= self.count else torch.randint(self.count, (count,), generator=generator)
         return {name: value[index.to(value.device)] for name, value in self.samples.items()}
 
     def mean(self, site: str) -> Tensor:
@@ -80,7 +95,11 @@ class Posterior:
 
     def quantiles(self, site: str, q: float | Sequence[float]) -> Tensor:
         value = self._site(site)
-        return torch.quantile(value, torch.as_tensor(q, dtype=value.dtype, device=value.device), dim=0)
+        # torch.quantile refuses more than 16 million elements: a part at a time.
+        levels = torch.as_tensor(q, dtype=value.dtype, device=value.device)
+        parts = value.flatten(1).split(max(1, 10_000_000 // len(value)), dim=1)
+        result = torch.cat([torch.quantile(part, levels, dim=0) for part in parts], dim=-1)
+        return result.reshape(*levels.shape, *value.shape[1:])
 
     def interval(self, site: str, mass: float = 0.9) -> tuple[Tensor, Tensor]:
         """The central interval of a site's elements."""
@@ -118,29 +137,49 @@ class Posterior:
         return xr.Dataset(variables, attrs=self.attributes)
 
     def to_arviz(self) -> Any:
-        """ArviZ's container with the group ``posterior``."""
-        return arviz.from_dict({name: value[None].cpu().numpy() for name, value in self.samples.items()})
+        """ArviZ's container (``InferenceData``, or a ``DataTree`` from ArviZ 1.0 on) with the group ``posterior``, one chain."""
+        arviz = load_arviz()
+        draws = {name: value[None].cpu().numpy() for name, value in self.samples.items()}
+        # ArviZ 1.0 takes groups, earlier versions one argument for each.
+        if int(arviz.__version__.split(".")[0]) >= 1:
+            return arviz.from_dict({"posterior": draws})
+        return arviz.from_dict(posterior=draws)
 
     def save(self, path: Path | str) -> None:
-        """Draws, mode and attributes as safetensors; the model and the data are not saved."""
-        tensors = {f"samples/{name}": value.contiguous() for name, value in self.samples.items()}
-        tensors |= {f"mode/{name}": value.contiguous() for name, value in (self.mode or {}).items()}
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        save_file(tensors, partial, metadata={"attributes": json.dumps(self.attributes), "log_evidence": json.dumps(self.log_evidence)})
-        os.replace(partial, target)
+        """Draws, mode and attributes as safetensors; the model and the data are not saved.
+
+        Raises:
+            UnusableInput: where the file cannot be written.
+        """
+        tensors = {f"samples/{name}": value for name, value in self.samples.items()}
+        tensors |= {f"mode/{name}": value for name, value in (self.mode or {}).items()}
+        header = {"format": FORMAT, "attributes": json.dumps(self.attributes), "log_evidence": json.dumps(self.log_evidence)}
+        with atomic_write(path) as temporary:
+            # Copies, because safetensors refuses tensors that share memory.
+            save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, temporary, metadata=header)
 
     @classmethod
     def load(cls, path: Path | str, model: Callable[..., Any] | None = None, data: tuple[Any, ...] = ()) -> Posterior:
-        """What ``save`` wrote; nothing is unpickled."""
+        """What ``save`` wrote; nothing is unpickled.
+
+        Raises:
+            UnusableInput: for a file that is missing, damaged or not a posterior.
+        """
         groups: dict[str, State] = {"samples": {}, "mode": {}}
-        with safe_open(path, framework="pt") as file:
-            metadata: Mapping[str, str] = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118 – a safetensors file is no mapping
-                group, name = key.split("/", 1)
-                groups[group][name] = file.get_tensor(key)
-        log_evidence = json.loads(metadata.get("log_evidence", "null"))
-        return cls(groups["samples"], groups["mode"] or None, model, data, log_evidence, json.loads(metadata.get("attributes", "{}")))
+        remedy = "name a file written by Posterior.save"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata: Mapping[str, str] = file.metadata() or {}
+                stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 – a safetensors file is no mapping
+        except (SafetensorError, OSError) as error:
+            raise UnusableInput(Path(path), f"cannot be read as a posterior ({error})", remedy) from error
+        if metadata.get("format") != FORMAT:
+            raise UnusableInput(Path(path), f"is not a posterior: expected format {FORMAT!r}, got {metadata.get('format')!r}", remedy)
+        for key, value in stored.items():
+            group, name = key.split("/", 1)
+            groups[group][name] = value
+        log_evidence = json.loads(metadata["log_evidence"])
+        return cls(groups["samples"], groups["mode"] or None, model, data, log_evidence, json.loads(metadata["attributes"]))
 
     def _site(self, name: str) -> Tensor:
         if name not in self.samples:

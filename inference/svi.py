@@ -1,221 +1,240 @@
-"""Stochastic variational inference: any model, any guide, parameters held in modules.
+"""Stochastic variational inference: raise the ELBO over the parameters of any guide and any model.
 
-``fit`` maximises the ELBO E_q[log p(data, z) − log q(z)] in nats. Parameters live in the guide (and, where they are learnable, in the model) as module
-parameters; Pyro's global store is never used, so that two fits in one process know nothing of each other.
+.. math:: \\max_{\\phi, \\theta} \\; E_{q_\\phi(z)} [\\log p_\\theta(x, z) - \\log q_\\phi(z)]
+
+References: Ranganath, Gerrish, Blei, AISTATS 2014; Kucukelbir et al., JMLR 2017.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, init_to_median
-from rich.progress import Progress
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
-Program = Callable[..., Any]
+from probmed.inference.checkpoints import buffers_of, fingerprint, read_checkpoint, write_checkpoint
+from probmed.inference.diagnostics import has_converged, non_finite_sites
+from probmed.inference.parameters import cuda_devices, learnable, local_parameters, random_state, seeded, set_random_state, tensors_within
+
+Schedule = Callable[[float], float]
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+"""Factors on the learning rate by the part of the steps that is done, from 0 to 1."""
+
+
+class NotFinite(FloatingPointError):
+    """The loss or its gradient stopped being finite.
+
+    Arguments:
+        step: the step at which it did, from 1; 0 for the start.
+        faults: the sites or parameters concerned, in words, the first cause first.
+    """
+
+    def __init__(self, step: int, faults: Sequence[str]) -> None:
+        self.step, self.faults = step, tuple(faults)
+        super().__init__(f"step {step} is not finite: {'; '.join(faults) or 'the sum over sites'}")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback is told: the step's number (from 1), its negative ELBO in nats, and the learning rate."""
+    """One step of a fit: its number from 1, the loss (an estimate of −ELBO, nats), the learning rate, the norm of the unclipped gradient."""
 
     number: int
     loss: float
     learning_rate: float
+    gradient_norm: float
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Arguments: guide, the fitted one; losses, negative ELBO of each step in nats; converged, whether the test stopped it; steps taken."""
+    """What ``fit`` gives.
 
-    guide: Program
+    Arguments:
+        guide: the guide, fitted in place.
+        losses: −ELBO estimates, nats, one a step.
+        converged: whether the ELBO had stopped rising (``has_converged``).
+        steps: how many were taken.
+    """
+
+    guide: Callable[..., Any]
     losses: list[float]
     converged: bool
     steps: int
 
     @property
     def elbo(self) -> float:
-        """Mean ELBO over the last tenth of the steps, nats."""
+        """Mean ELBO over the last tenth of the steps, nats. Parameters still moved meanwhile; ``diagnostics.importance`` holds them still."""
         tail = self.losses[-max(1, len(self.losses) // 10) :]
         return -sum(tail) / len(tail)
 
 
-def MAP(model: Program, init: dict[str, Tensor] | None = None) -> AutoDelta:
-    """The guide of a maximum a posteriori estimate: a point mass at each site, in the site's own coordinates.
-
-    Arguments:
-        init: starting values by site; the prior's median elsewhere.
-    """
-    start = dict(init or {})
-
-    def place(site: dict[str, Any]) -> Tensor:
-        if site["name"] in start:
-            return start[site["name"]].detach().clone()
-        value: Tensor = init_to_median(site, num_samples=15)
-        return value
-
-    return AutoDelta(model, init_loc_fn=place)
+def _annealing_starts(losses: Sequence[float], window: int, tolerance_nats: float | None, patience: int) -> bool:
+    if tolerance_nats is None or len(losses) % window:
+        return False
+    return has_converged(losses, window, tolerance_nats, patience)
 
 
 def fit(
-    model: Program,
-    guide: Program,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
     *args: Any,
     steps: int = 2000,
-    learning_rate: float = 0.01,
-    schedule: str | Callable[[float], float] = "cosine",
-    tolerance: float | None = None,
+    learning_rate: float = 0.02,
+    schedule: str | Schedule = "cosine",
+    tolerance_nats: float | None = 0.01,
     window: int = 100,
+    patience: int = 3,
     particles: int = 1,
-    clip: float | None = None,
+    clip_norm: float | None = None,
+    elbo: Any = None,
+    optimiser: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     callbacks: Sequence[Callable[[Step], None]] = (),
     progress: bool = False,
     checkpoint: Path | str | None = None,
-    every: int = 100,
+    checkpoint_every: int = 100,
+    resume: bool = True,
     seed: int | None = None,
     **kwargs: Any,
 ) -> Fit:
-    """Fit a guide to a model by Adam on the ELBO.
+    """Fit a guide, and whatever a model has to learn, to data.
+
+    Parameters stay in the modules of guide and model; Pyro's global store is neither read nor written, so fits do not touch each other.
 
     Arguments:
-        args, kwargs: the data, with which both are called.
-        steps: at most this many; learning_rate: Adam's; schedule: "cosine" (to a hundredth), "constant", or a function of the share done, in [0, 1],
-            to a factor.
-        tolerance: stop when the mean ELBO of the last ``window`` steps gained less than this over that of the window before, in nats, and less than
-            twice the difference's standard error; None runs all steps.
-        particles: draws of the ELBO a step. clip: largest norm of the gradient.
-        callbacks: told of each step.
-        checkpoint: a file, written every ``every`` steps; a fit that finds it goes on from there and ends at the same numbers as one that was never
-            interrupted. Safetensors and JSON, nothing is unpickled.
-        seed: of the draws.
+        args, kwargs: what model and guide are called with.
+        steps: at most this many; learning_rate: of the optimiser, at first.
+        schedule: ``"cosine"``, ``"constant"``, or a function from the part done (0 to 1) to a factor on the learning rate.
+        tolerance_nats: converged when the mean ELBO of a window of steps has risen by less than this, allowing for one standard error of the rise,
+            ``patience`` windows running. The learning rate then falls to zero over one more window, and the fit stops. None: take all the steps.
+        window: steps over which the ELBO is averaged.
+        particles: draws for each estimate of the ELBO.
+        clip_norm: greatest norm of the gradient, nats per unit of parameter.
+        elbo: another estimator, such as ``TraceMeanField_ELBO(num_particles=4)``; ``particles`` is then its own.
+        optimiser: called as ``optimiser(parameters, lr=...)``.
+        callbacks: called with a ``Step`` after each.
+        progress: show a bar with the ELBO and the time left.
+        checkpoint: a file to write every ``checkpoint_every`` steps and at the end. With ``resume`` a fit whose file exists goes on from there, and
+            ends in the same bits as one that was never stopped.
+        seed: of every draw; torch's generators are left as they were. None: draw from torch's generators.
 
     Raises:
-        FloatingPointError: at a loss that is NaN or infinite; the message names the sites to blame.
-        ValueError: where there is nothing to fit, or the checkpoint belongs to another fit.
+        NotFinite: where loss or gradient is not finite; the message names the sites.
+        ValueError: for settings out of range, parameters outside modules, none to learn.
+        UnusableInput: for a checkpoint of another fit.
     """
-    if seed is not None:
-        pyro.set_rng_seed(seed)
-    factor = _schedule(schedule)
-    with pyro.settings.context(module_local_params=True):
-        elbo = Trace_ELBO(num_particles=particles)
-        with torch.no_grad():
-            poutine.trace(guide).get_trace(*args, **kwargs)  # automatic guides make their parameters at the first call
-        parameters = _parameters(model, guide)
-        if not parameters:
-            raise ValueError("neither the guide nor the model has a parameter to fit")
-        if seed is not None:
-            pyro.set_rng_seed(seed)
-        optimiser = torch.optim.Adam(parameters.values(), lr=learning_rate)
-        losses: list[float] = []
-        path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and path.exists():
-            losses = _restore(path, parameters, optimiser)
-        with Progress(disable=not progress) as bar:
-            task = bar.add_task("fitting", total=steps, completed=len(losses))
-            for number in range(len(losses) + 1, steps + 1):
-                if tolerance is not None and _converged(losses, window, tolerance):
-                    return Fit(guide, losses, True, len(losses))
-                rate = learning_rate * factor((number - 1) / steps)
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
-                optimiser.zero_grad()
-                loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
-                if not math.isfinite(float(loss)):
-                    raise FloatingPointError(f"the ELBO is {-float(loss)} at step {number}; not finite: {_culprits(model, guide, *args, **kwargs)}")
-                loss.backward()
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(list(parameters.values()), clip)
-                optimiser.step()
-                losses.append(float(loss))
-                for callback in callbacks:
-                    callback(Step(number, losses[-1], rate))
-                bar.update(task, completed=number)
-                if path is not None and (number % every == 0 or number == steps):
-                    _save(path, parameters, optimiser, losses)
-        return Fit(guide, losses, tolerance is not None and _converged(losses, window, tolerance), len(losses))
-
-
-def _schedule(schedule: str | Callable[[float], float]) -> Callable[[float], float]:
-    if callable(schedule):
-        return schedule
-    known: dict[str, Callable[[float], float]] = {
-        "constant": lambda share: 1.0,
-        "cosine": lambda share: 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)),
+    factor = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
+    if factor is None:
+        raise ValueError(f"expected a schedule among {sorted(SCHEDULES)} or a function, got {schedule!r}")
+    if steps < 1 or learning_rate <= 0 or window < 2 or patience < 1 or particles < 1 or checkpoint_every < 1:
+        raise ValueError(
+            "expected steps, patience, particles and checkpoint_every >= 1, learning_rate > 0 and window >= 2, got "
+            f"{steps}, {patience}, {particles}, {checkpoint_every}, {learning_rate} and {window}"
+        )
+    elbo = Trace_ELBO(num_particles=particles) if elbo is None else elbo
+    held = [p for f in (model, guide) if isinstance(f, nn.Module) for p in f.parameters()]
+    devices = cuda_devices([*held, *tensors_within((args, kwargs))])
+    path = None if checkpoint is None else Path(checkpoint)
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__qualname__", "function"),
+        "tolerance_nats": tolerance_nats,
+        "window": window,
+        "patience": patience,
+        "particles": elbo.num_particles,
+        "clip_norm": clip_norm,
+        "elbo": type(elbo).__name__,
+        "optimiser": getattr(optimiser, "__qualname__", repr(optimiser)),
+        "seed": seed,
+        "data": fingerprint((args, kwargs)) if path is not None else None,
     }
-    if schedule not in known:
-        raise ValueError(f"schedule must be one of {sorted(known)} or a function, got {schedule!r}")
-    return known[schedule]
+    with seeded(seed, devices), local_parameters(model, guide), warnings.catch_warnings():
+        # Pyro warns of a loss that is not finite; here that is an error which says where.
+        warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
+        try:
+            parameters = learnable(model, guide, args, kwargs)
+        except (ValueError, RuntimeError) as error:
+            found = non_finite_sites(model, guide, *args, **kwargs)
+            if found:
+                raise NotFinite(0, found) from error
+            raise
+        chosen = optimiser(list(parameters.values()), lr=learning_rate)
+        buffers = buffers_of({"guide": guide, "model": model})
+        losses: list[float] = []
+        if path is not None and resume and path.exists():
+            losses = read_checkpoint(path, parameters, buffers, chosen, settings)
+        annealing = next((n for n in range(len(losses) + 1) if _annealing_starts(losses[:n], window, tolerance_nats, patience)), None)
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()
+        with Progress(*columns, transient=True, disable=not progress) as bar:
+            task = bar.add_task("fit", total=steps, completed=len(losses))
+            while len(losses) < steps and (annealing is None or len(losses) < annealing + window):
+                rate = learning_rate * factor(len(losses) / steps)
+                if annealing is not None:
+                    rate *= 1 - (len(losses) - annealing) / window
+                for group in chosen.param_groups:
+                    group["lr"] = rate
+                loss, norm = _gradient_step(model, guide, args, kwargs, elbo, chosen, parameters, clip_norm, len(losses) + 1, devices)
+                losses.append(loss)
+                if annealing is None and _annealing_starts(losses, window, tolerance_nats, patience):
+                    annealing = len(losses)
+                if path is not None and len(losses) % checkpoint_every == 0:
+                    write_checkpoint(path, parameters, buffers, chosen, losses, settings, devices)
+                description = f"ELBO {-sum(losses[-window:]) / len(losses[-window:]):.1f} nats"
+                bar.update(task, completed=len(losses), description=description)
+                for callback in callbacks:
+                    callback(Step(len(losses), loss, rate, norm))
+        if path is not None and len(losses) % checkpoint_every:
+            write_checkpoint(path, parameters, buffers, chosen, losses, settings, devices)
+    done = annealing is not None or (tolerance_nats is not None and has_converged(losses, window, tolerance_nats, patience))
+    return Fit(guide, losses, done, len(losses))
 
 
-def _parameters(model: Program, guide: Program) -> dict[str, nn.Parameter]:
-    found: dict[str, nn.Parameter] = {}
-    for prefix, part in (("guide", guide), ("model", model)):
-        if isinstance(part, nn.Module):
-            found.update({f"{prefix}.{name}": p for name, p in part.named_parameters() if p.requires_grad and all(p is not q for q in found.values())})
-    return found
+def _gradient_step(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    elbo: Any,
+    optimiser: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    clip_norm: float | None,
+    number: int,
+    devices: list[int],
+) -> tuple[float, float]:
+    """One step: loss and norm of the gradient. Raises NotFinite before any parameter moves."""
+    before = random_state(devices)
 
+    def faults() -> list[str]:
+        # The same draws again, to see where they lead.
+        set_random_state(before)
+        return non_finite_sites(model, guide, *args, **kwargs)
 
-def _converged(losses: Sequence[float], window: int, tolerance: float) -> bool:
-    if len(losses) < 2 * window:
-        return False
-    late, early = torch.tensor(losses[-window:]).double(), torch.tensor(losses[-2 * window : -window]).double()
-    gain = float(early.mean() - late.mean())
-    error = math.sqrt(float(late.var() + early.var()) / window)
-    return gain < max(tolerance, 2 * error) and error < tolerance
-
-
-def _culprits(model: Program, guide: Program, *args: Any, **kwargs: Any) -> str:
-    """Sites of either program whose value or log density is not finite."""
-    with torch.no_grad():
-        guided = poutine.trace(guide).get_trace(*args, **kwargs)
-        modelled = poutine.trace(poutine.replay(model, trace=guided)).get_trace(*args, **kwargs)
-    names: list[str] = []
-    for where, trace in (("guide", guided), ("model", modelled)):
-        for name, node in trace.nodes.items():
-            if node["type"] != "sample" or type(node["fn"]).__name__ == "_Subsample":
-                continue
-            value_bad = isinstance(node["value"], Tensor) and not node["is_observed"] and not bool(torch.isfinite(node["value"]).all())
-            if value_bad or not bool(torch.isfinite(node["fn"].log_prob(node["value"])).all()):
-                names.append(f"{name} ({where})")
-    return ", ".join(names) or "a gradient"
-
-
-def _save(path: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, losses: list[float]) -> None:
-    tensors = {f"parameter/{name}": p.detach().contiguous() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        for key, value in optimiser.state[p].items():
-            tensors[f"optimiser/{name}/{key}"] = value.detach().contiguous()
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"parameters": json.dumps(sorted(parameters))})
-    os.replace(partial, path)
-
-
-def _restore(path: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> list[float]:
-    tensors = load_file(path)
-    saved = {name.split("/", 1)[1] for name in tensors if name.startswith("parameter/")}
-    if saved != set(parameters):
-        raise ValueError(f"{path} belongs to another fit: it holds {sorted(saved)}, this one has {sorted(parameters)}")
-    for name, p in parameters.items():
-        p.data.copy_(tensors[f"parameter/{name}"])
-        prefix = f"optimiser/{name}/"
-        optimiser.state[p] = {key[len(prefix) :]: value.to(p.device if value.ndim else "cpu") for key, value in tensors.items() if key.startswith(prefix)}
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
-    losses: list[float] = tensors["losses"].tolist()
-    return losses
+    optimiser.zero_grad(set_to_none=True)
+    try:
+        loss = elbo.differentiable_loss(model, guide, *args, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        # A distribution whose parameters are not finite refuses them without saying at which site.
+        found = faults()
+        if found:
+            raise NotFinite(number, found) from error
+        raise
+    if not bool(torch.isfinite(loss)):
+        raise NotFinite(number, faults())
+    loss.backward()  # type: ignore[no-untyped-call]
+    limit = math.inf if clip_norm is None else clip_norm
+    norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), limit))
+    if not math.isfinite(norm):
+        broken = [name for name, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+        raise NotFinite(number, faults() or [f"gradient of {name}" for name in broken or parameters])
+    optimiser.step()
+    return float(loss.detach()), norm
