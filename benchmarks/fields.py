@@ -6,10 +6,11 @@ that a machine that is busy or slows down moves both sides. Rows give the median
 
 from __future__ import annotations
 
-import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ SIZES = (64, 128, 192, 256)
 REPETITIONS = {64: 15, 128: 9, 192: 5, 256: 3}
 SPACING_MM = (1.0, 1.0, 1.2)
 OPERATIONS = ("log_prob", "rsample", "exp(v)", "warp")
-_LARGEST_SHARE = 0.5  # of the free memory that an operation may take
+_MEMORY = Path("/proc/meminfo")
+_LARGEST_SHARE = 0.6  # of the free memory that an operation may take
 
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
@@ -175,11 +177,12 @@ def _spread(values: Sequence[float]) -> list[float]:
 
 def _gib(operation: str, size: int) -> float:
     """Rough need of memory: fields kept for the backward pass, beside those of the reference."""
-    kept = {"log_prob": 6, "rsample": 6, "exp(v)": 40, "warp": 10}[operation]
+    kept = {"log_prob": 6, "rsample": 6, "exp(v)": 24, "warp": 10}[operation]
     return (kept + 12) * 12 * size**3 / 2**30
 
 
 def _free_gib(device: str) -> float:
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0]) / 2**30
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / 2**30
+    available = re.search(r"MemAvailable:\s*(\d+) kB", _MEMORY.read_text()) if _MEMORY.exists() else None
+    return int(available[1]) / 2**20 if available else 8.0
