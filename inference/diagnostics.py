@@ -176,7 +176,7 @@ def simulated_ranks(
             if missing:
                 raise ValueError(f"expected observed sites among {list(truth.stochastic_nodes)}, got {missing}")
             for name, draws in inference({name: truth.nodes[name]["value"] for name in observed}).items():
-                ranks.setdefault(name, []).append(calibration_ranks(truth.nodes[name]["value"].flatten(), draws.flatten(1).T).cpu())
+                ranks.setdefault(name, []).append(calibration_ranks(truth.nodes[name]["value"].flatten(), draws.reshape(len(draws), -1).T).cpu())
     return {name: torch.stack(rows) for name, rows in ranks.items()}
 
 

@@ -25,7 +25,8 @@ from probmed.inference.parameters import local_parameters
 def _place(init: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:
     """The starting value of a site: the one given, else the prior's mean, else its median."""
     if site["name"] not in init:
-        start: Tensor = init_to_mean(site)
+        # A copy, because a mean that is expanded over a plate shares memory between its elements.
+        start: Tensor = init_to_mean(site).clone(memory_format=torch.contiguous_format)
         return start
     value, expected = init[site["name"]].detach().clone(), site["fn"].shape()
     if value.shape != expected:
@@ -33,7 +34,17 @@ def _place(init: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:
     return value
 
 
-class _Started:
+class _Local:
+    """Keeps a guide that is called by itself, outside ``fit``, from leaving its parameters in Pyro's global store."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if pyro.settings.get("module_local_params"):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with local_parameters(self):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Started(_Local):
     """Starting values by site for Pyro's automatic guides, refused where no such site exists."""
 
     def __init__(self, model: Callable[..., Any], init: Mapping[str, Tensor] | None = None, **options: Any) -> None:
@@ -172,7 +183,7 @@ def _kl_to_prior(q: SpectralNormal, p: GaussianField) -> Tensor:
     return 0.5 * (squares - q.event_shape.numel() - p.log_det_precision() - q.log_det_covariance())
 
 
-class FieldGuide(PyroModule):
+class FieldGuide(_Local, PyroModule):
     """q of one ``GaussianField`` site: ``SpectralNormal``, started at the prior.
 
     A diagonal q in voxels understates the standard deviation of a region's mean displacement several times; one that is diagonal in the DCT holds
@@ -201,7 +212,11 @@ class FieldGuide(PyroModule):
         self.log_scale = nn.Parameter(torch.full_like(sd, math.log(spread)))
         # Small as a whole, whatever the number of voxels, yet not zero, where its gradient would vanish.
         small = 0.1 / math.sqrt(prior.event_shape.numel())
-        self.factor = nn.Parameter(small * torch.randn(*prior.batch_shape, rank, *prior.event_shape, dtype=sd.dtype, device=sd.device))
+        factor = small * torch.randn(*prior.batch_shape, rank, *prior.event_shape, dtype=sd.dtype, device=sd.device)
+        if rank:
+            self.factor = nn.Parameter(factor)
+        else:
+            self.register_buffer("factor", factor)
 
     def distribution(self) -> SpectralNormal:
         """q, in the site's own coordinates."""
@@ -221,7 +236,7 @@ class FieldGuide(PyroModule):
             return {self.site: self.distribution().loc}
 
 
-class CompositeGuide(PyroModule):
+class CompositeGuide(_Local, PyroModule):
     """Guides of different sites as one; they are independent of each other under q."""
 
     def __init__(self, *guides: Callable[..., Any]) -> None:

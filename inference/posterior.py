@@ -97,9 +97,9 @@ class Posterior:
         value = self._site(site)
         # torch.quantile refuses more than 16 million elements: a part at a time.
         levels = torch.as_tensor(q, dtype=value.dtype, device=value.device)
-        parts = value.flatten(1).split(max(1, 10_000_000 // len(value)), dim=1)
+        parts = value.reshape(len(value), -1).split(max(1, 10_000_000 // len(value)), dim=1)
         result = torch.cat([torch.quantile(part, levels, dim=0) for part in parts], dim=-1)
-        return result.reshape(*levels.shape, *value.shape[1:])
+        return result.reshape((*levels.shape, *value.shape[1:]))
 
     def interval(self, site: str, mass: float = 0.9) -> tuple[Tensor, Tensor]:
         """The central interval of a site's elements."""
