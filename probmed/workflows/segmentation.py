@@ -48,7 +48,7 @@ class Settings:
         markov: strength of the Markov field at 1 mm spacing, nats for a pair of neighbours.
         rounds, steps, tolerance: of ``em``.
         tempering: factor on the likelihood; None estimates it from the residuals' correlation.
-        tie: one covariance for the tissues of the brain.
+        tie: one covariance for the tissues of the brain, where there is one channel.
     """
 
     spacing_mm: float = 3.0
@@ -189,7 +189,8 @@ def build(prepared: Prepared, settings: Settings) -> Segmentation:
     # The interaction is one of surfaces: at half the spacing a surface has four times the neighbours, each of a quarter of the weight.
     markov = MarkovField(labels, settings.markov * min(min(prepared.grid.spacing), 1.5) ** 2) if settings.markov else labels
     channels = len(prepared.image)
-    appearance = GaussianMixture.for_labels(atlas.names, channels, tie=settings.tie)
+    # Several channels tell tissues from mixtures of them; one noise for all would only blur their different covariances.
+    appearance = GaussianMixture.for_labels(atlas.names, channels, tie=settings.tie and channels == 1)
     # The cosines run over what is fitted; beyond, they go on as their own mirror image.
     where = prepared.points.mask.nonzero()
     domain = prepared.points.lattice.cropped(where.amin(0).tolist(), (where.amax(0) + 1).tolist())
