@@ -18,7 +18,6 @@ from probmed.atlases import LabelAtlas
 from probmed.grids import Grid, channels_last, sample
 from probmed.transforms import Affine
 
-
 # Heads are a little smaller than the MNI152, and none is half as high: log scales and shears are normal, their log density divided by the number
 # of independent observations that the mutual information is worth. Without it some heads shrink into the atlas's brain.
 _EXPECTED = torch.tensor([0.1] * 3 + [0.0] * 3)

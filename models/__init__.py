@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 
 from probmed.models.segmentation import Segmentation
 
-__all__ = ["ZOO", "Entry", "Segmentation", "entry"]
+__all__ = ["Segmentation"]  # the models; ZOO, Entry and entry describe them
 
 ZOO: dict[str, type[PyroModule]] = {"segmentation": Segmentation}
 """Name on the command line → model."""

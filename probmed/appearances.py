@@ -193,7 +193,7 @@ class GaussianMixture(PyroModule):
         weights = pyro.sample("weights", Gamma(self.weight_certainty * shares + 1, self.weight_certainty * torch.ones_like(shares)).to_event(1))
         covariances = pyro.sample("covariances", InverseWishart(self.df, self._psi(like)).expand([self.covariance_count]).to_event(1))
         centre = like * self.location * torch.ones(g, self.channels, device=like.device)
-        means = pyro.sample("means", MultivariateNormal(centre, covariances[self.noise] / self.certainty).to_event(1))
+        means = pyro.sample("means", MultivariateNormal(centre, covariances[..., self.noise, :, :] / self.certainty).to_event(1))
         return self.mixture(log_prior, weights, means, covariances, log_bias, coupling)
 
     def mixture(

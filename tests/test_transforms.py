@@ -307,10 +307,14 @@ class Quadratic(Transform):
     """x ↦ L x + Q(x, x): central differences are exact on it."""
 
     def __init__(self, d: int) -> None:
-        self.ndim = d
+        self._d = d
         self.linear = torch.eye(d) + 0.2 * torch.randn(d, d)
         half = 0.01 * torch.randn(d, d, d)
         self.quadratic = half + half.mT
+
+    @property
+    def ndim(self) -> int:
+        return self._d
 
     def __call__(self, points: Tensor) -> Tensor:
         return points @ self.linear.T + torch.einsum("abc,...b,...c->...a", self.quadratic, points, points)
