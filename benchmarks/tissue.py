@@ -50,7 +50,7 @@ HARD = {"N4+dipy HMRF"}
 
 TISSUES = ("GM", "WM", "CSF")
 BAND_MM = 2.0
-SIMULATED = 12
+SIMULATED = 6
 
 MUSE = {
     "GM": (23, 30, 31, 32, 36, 37, 38, 39, 47, 48, *range(55, 61), 71, 72, 73, 75, 76, *range(100, 208)),

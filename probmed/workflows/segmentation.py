@@ -49,6 +49,8 @@ class Settings:
         rounds, steps, tolerance: of ``em``.
         tempering: factor on the likelihood; None estimates it from the residuals' correlation.
         tie: one covariance for the tissues of the brain, where there is one channel.
+        weight_certainty: voxels that the atlas's proportions are worth. With so many the atlas deforms to change a tissue's share; left free, the
+            share itself absorbs voxels that are half one tissue and half another.
     """
 
     spacing_mm: float = 3.0
@@ -63,6 +65,7 @@ class Settings:
     tolerance: float = 1e-4
     tempering: float | None = None
     tie: bool = True
+    weight_certainty: float = 1e5
 
 
 @dataclass
@@ -190,7 +193,7 @@ def build(prepared: Prepared, settings: Settings) -> Segmentation:
     markov = MarkovField(labels, settings.markov * min(min(prepared.grid.spacing), 1.5) ** 2) if settings.markov else labels
     channels = len(prepared.image)
     # Several channels tell tissues from mixtures of them; one noise for all would only blur their different covariances.
-    appearance = GaussianMixture.for_labels(atlas.names, channels, tie=settings.tie and channels == 1)
+    appearance = GaussianMixture.for_labels(atlas.names, channels, tie=settings.tie and channels == 1, weight_certainty=settings.weight_certainty)
     # The cosines run over what is fitted; beyond, they go on as their own mirror image.
     where = prepared.points.mask.nonzero()
     domain = prepared.points.lattice.cropped(where.amin(0).tolist(), (where.amax(0) + 1).tolist())
