@@ -16,7 +16,7 @@ from probmed.transforms import Affine
 from probmed.volumes import UnusableInput, Volume
 
 _CONSTANT_SHARE = 0.15
-_LARGEST_BRAIN_LITRES = 2.3
+_LARGEST_BRAIN_LITRES = 2.9  # of brain and the fluid around it, in the simulations; whole heads start above three
 _SHELL_MM = (6.0, 18.0)
 
 
