@@ -49,10 +49,10 @@ class Condition:
     settings: Settings | None = None
 
 
-FIT = Settings(spacing_mm=6.0, rounds=40, tolerance=1e-5, tie=False, markov=0.0)
+FIT = Settings(spacing_mm=6.0, rounds=40, tolerance=1e-5, tie=False, markov=0.0, weight_certainty=100.0)
 """The model that the first simulation draws from: tissues with noise of their own, voxels independent; fitted on every third voxel to its optimum."""
-COMMAND = Settings(spacing_mm=6.0, rounds=40, tolerance=1e-5)
-"""The model of `probmed segment`."""
+COMMAND = Settings(spacing_mm=6.0, rounds=40, tolerance=1e-5, weight_certainty=100.0)
+"""The model of `probmed segment`, but for the certainty of the atlas's proportions, which the table was measured before."""
 
 _MATCHED: dict[str, Any] = {"labels": "independent", "alpha": 2.0, "noise_sd": 0.06}
 CONDITIONS = {
