@@ -23,6 +23,7 @@ from probmed.transforms import Affine
 _EXPECTED = torch.tensor([0.1] * 3 + [0.0] * 3)
 _PLAUSIBLE = torch.tensor([0.12] * 3 + [0.06] * 3)
 _OBSERVATIONS = 200.0
+_FEW = 8_000  # points, in random order, that tell a good start from a bad one
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ def align(image: Tensor, grid: Grid, atlas: LabelAtlas, bins: int = 48, points: 
     """
     generator = torch.Generator().manual_seed(seed)
     index = torch.nonzero(~image.flatten().isnan())[:, 0]
-    if len(index) > points:
-        index = index[torch.randperm(len(index), generator=generator)[:points]]
+    index = index[torch.randperm(len(index), generator=generator)[:points]]
     values = image.flatten()[index]
     voxels = torch.stack(torch.unravel_index(index, image.shape), -1).to(torch.float32)
     world = grid.voxel_to_world(voxels)
@@ -70,13 +70,13 @@ def align(image: Tensor, grid: Grid, atlas: LabelAtlas, bins: int = 48, points: 
 
     scale = torch.tensor([1.0] * 3 + [1 / 60] * 3 + [1 / 60] * 6)
 
-    def information(parameters: Tensor, start: Tensor) -> Tensor:
+    def information(parameters: Tensor, start: Tensor, chosen: slice) -> Tensor:
         matrix = Affine.exp(parameters * scale, centre=middle).matrix @ start
-        probability = sample(maps, coarse.grid, Affine(matrix)(world), fill="edge")
+        probability = sample(maps, coarse.grid, Affine(matrix)(world[chosen]), fill="edge")
         implausible = ((parameters[6:] * scale[6:] - _EXPECTED) / _PLAUSIBLE).square().sum() / 2
-        return label_information(label, probability, bins) - implausible / _OBSERVATIONS
+        return label_information(label[chosen], probability, bins) - implausible / _OBSERVATIONS
 
-    def climb(start: Tensor, parameters: Tensor, count: int, steps: int) -> tuple[Tensor, float]:
+    def climb(start: Tensor, parameters: Tensor, count: int, steps: int, chosen: slice) -> tuple[Tensor, float]:
         free = parameters[:count].clone().requires_grad_()
         rest = parameters[count:]
         optimiser = torch.optim.LBFGS([free], lr=1.0, max_iter=steps, history_size=12, line_search_fn="strong_wolfe", tolerance_change=1e-6)
@@ -84,14 +84,14 @@ def align(image: Tensor, grid: Grid, atlas: LabelAtlas, bins: int = 48, points: 
         def closure() -> Tensor:
             optimiser.zero_grad()
             # The factor makes a first step of about a centimetre.
-            loss = -100 * information(torch.cat([free, rest]), start)
+            loss = -100 * information(torch.cat([free, rest]), start, chosen)
             loss.backward()
             return loss
 
         optimiser.step(closure)
         with torch.no_grad():
             found = torch.cat([free, rest])
-            return found.detach(), float(information(found, start))
+            return found.detach(), float(information(found, start, chosen))
 
     candidates = []
     for pitch in (0.0, -0.3, 0.3):
@@ -100,11 +100,11 @@ def align(image: Tensor, grid: Grid, atlas: LabelAtlas, bins: int = 48, points: 
             shift = torch.eye(4)
             shift[:3, 3] = middle - centre
             start = start @ shift
-            candidates.append((start, *climb(start, torch.zeros(12), 7, 12)))
+            candidates.append((start, *climb(start, torch.zeros(12), 7, 12, slice(_FEW))))
     candidates.sort(key=lambda c: -c[2])
     best: tuple[Tensor, float] | None = None
     for start, parameters, _ in candidates[:2]:
-        parameters, reached = climb(start, parameters, 12, 40)
+        parameters, reached = climb(start, parameters, 12, 40, slice(None))
         matrix = Affine.exp(parameters * scale, centre=middle).matrix @ start
         if best is None or reached > best[1]:
             best = matrix, reached

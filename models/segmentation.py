@@ -150,8 +150,7 @@ class Segmentation(PyroModule):
 
     def moved(self, state: dict[str, Tensor], dense: Tensor, field: Tensor | None) -> dict[str, Tensor]:
         """Every latent at departures from ``state`` in the coordinates of ``scores``, with a leading axis of draws."""
-        g, c = state["means"].shape
-        sizes = [g + g * c + self.appearance.covariance_count * c * (c + 1) // 2]
+        sizes = [self.appearance.dimension]
         sizes += [state[name].numel() for name in ("bias", "affine") if name in state]
         parts = iter(dense.split(sizes, -1))
         samples = self.appearance.moved(state, next(parts))

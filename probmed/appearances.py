@@ -24,6 +24,11 @@ narrow Gaussian that loses them all or a broad one that takes them all; one nois
 whole heads and stripped brains alike that agrees better with people's and software's labels than several Gaussians a tissue do."""
 
 
+BORDERS = (("GM", "WM"), ("GM", "CSF"))
+"""Pairs of tied labels whose border runs through voxels. Without voxels that are half one and half the other, a posterior switches from one label
+to the other within the noise, as if no voxel were mixed; with them, what lies half-way is left to the atlas and to the neighbours."""
+
+
 class BiasField(PyroModule):
     """A smooth multiplicative field, β = exp(Σ_k c_k φ_k), the image times β being free of bias.
 
@@ -128,25 +133,31 @@ class BiasField(PyroModule):
 class GaussianMixture(PyroModule):
     """Gaussians for the intensities of each label.
 
-    .. math:: w_g \\sim Gamma(a / n_k + 1, a), \\quad \\Sigma_g \\sim IW(\\nu, \\Psi), \\quad \\mu_g \\mid \\Sigma_g \\sim N(\\mu_0, \\Sigma_g / n_0)
+    .. math:: w_g \\sim Gamma(a s_g + 1, a), \\quad \\Sigma_g \\sim IW(\\nu, \\Psi), \\quad \\mu_g \\mid \\Sigma_g \\sim N(\\mu_0, \\Sigma_g / n_0)
 
     The weights reweight the label prior, π_vk ∝ w_k T_vk with w_k = Σ_{g∈k} w_g, and mix the Gaussians within a label, m_g = w_g / w_k: one vector
-    does both, so that every update in ``em_update`` is closed. Sites: ``weights`` ``(G,)``, ``covariances`` ``(V, C, C)``, ``means`` ``(G, C)``.
+    does both, so that every update in ``em_update`` is closed. Two labels with a border have one Gaussian more each, for voxels that hold both: its
+    mean is half-way, (μ_a + μ_b) / 2, and its covariance theirs. Of the G Gaussians, the first M have means of their own. Sites: ``weights``
+    ``(G,)``, ``covariances`` ``(V, C, C)``, ``means`` ``(M, C)``.
 
     Arguments:
         gaussians: number of Gaussians of each label, in the label prior's order.
         channels: C.
         location, certainty: μ_0 (the unit of the image; scans are scaled so that their foreground's mean is one) and n_0.
         df, scale: ν − C − 1 and the prior standard deviation whose square is Ψ's diagonal divided by ν.
-        weight_certainty: a, in voxels.
+        weight_certainty: a, in voxels; s_g is the expected share of each Gaussian in its label.
         tied: labels (by number) whose Gaussians share one covariance; the site ``covariances`` then has V < G entries.
+        borders: pairs of tied labels (by number), of one Gaussian each, that meet inside voxels.
+        border_share: expected share of these voxels in a label that has borders.
         outlier, outlier_density: of ``LabelMixture``.
 
-    References: Ashburner & Friston, NeuroImage 2005; Puonti et al., NeuroImage 2016.
+    References: Ashburner & Friston, NeuroImage 2005; Puonti et al., NeuroImage 2016; for mixed voxels Tohka et al., NeuroImage 2004.
     """
 
     owner: Tensor
     noise: Tensor
+    blend: Tensor
+    shares: Tensor
 
     def __init__(
         self,
@@ -160,6 +171,8 @@ class GaussianMixture(PyroModule):
         outlier: float = 1e-3,
         outlier_density: float = 0.25,
         tied: Sequence[int] = (),
+        borders: Sequence[tuple[int, int]] = (),
+        border_share: float = 0.2,
     ) -> None:
         super().__init__()
         counts = list(gaussians.values()) if isinstance(gaussians, Mapping) else list(gaussians)
@@ -168,32 +181,62 @@ class GaussianMixture(PyroModule):
         self.counts, self.channels, self.outlier, self.outlier_density = tuple(counts), channels, outlier, outlier_density
         self.location, self.certainty, self.df = location, certainty, df + channels + 1
         self.scale, self.weight_certainty = scale, weight_certainty
-        self.register_buffer("owner", torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
+        if not 0 <= border_share < 1:
+            raise ValueError(f"expected 0 <= border_share < 1, got {border_share}")
+        pure = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         # The covariance of each Gaussian, by number: the tied labels' Gaussians point at the first of them.
-        first = next((g for g, k in enumerate(self.owner.tolist()) if k in tied), 0)
-        shared = [first if k in tied else g for g, k in enumerate(self.owner.tolist())]
-        self.register_buffer("noise", torch.unique(torch.tensor(shared), return_inverse=True)[1])
+        first = next((g for g, k in enumerate(pure.tolist()) if k in tied), 0)
+        shared = [first if k in tied else g for g, k in enumerate(pure.tolist())]
+        noise = torch.unique(torch.tensor(shared), return_inverse=True)[1]
+        owners, rows = [pure], [torch.eye(len(pure))]
+        for a, b in borders:
+            sources = (pure == a) | (pure == b)
+            if int(sources.sum()) != 2 or a not in tied or b not in tied:
+                raise ValueError(f"a border is one of two tied labels of one Gaussian each, got {(a, b)}")
+            owners.append(torch.tensor([a, b]))
+            rows.append(0.5 * sources.expand(2, -1))
+        self.register_buffer("owner", torch.cat(owners))
+        self.register_buffer("blend", torch.cat(rows))
+        self.register_buffer("noise", torch.cat([noise, noise[first].expand(2 * len(borders))]))
+        kinds = self.owner.bincount() - torch.tensor(counts)
+        inside = torch.where(kinds > 0, 1 - border_share, 1.0)[pure].double() / torch.tensor(counts)[pure]
+        self.register_buffer("shares", torch.cat([inside, border_share / kinds[self.owner[len(pure) :]]]))
 
     @classmethod
     def for_labels(cls, names: Sequence[str], channels: int = 1, tie: bool = True, **options: float) -> GaussianMixture:
-        """The usual number of Gaussians for the labels of an atlas, by name, those of the brain with one covariance if ``tie``."""
+        """The usual number of Gaussians for the labels of an atlas, by name; if ``tie``, those of the brain with one covariance and with borders."""
         tied = [k for k, name in enumerate(names) if tie and name in TIED]
-        return cls([GAUSSIANS.get(name, 1) for name in names], channels, tied=tied, **options)
+        borders = [(names.index(a), names.index(b)) for a, b in BORDERS if tie and a in names and b in names]
+        return cls([GAUSSIANS.get(name, 1) for name in names], channels, tied=tied, borders=borders, **options)
 
     @property
     def covariance_count(self) -> int:
         return int(self.noise.max()) + 1
 
+    @property
+    def pure(self) -> int:
+        """M, the Gaussians with a mean of their own."""
+        return self.blend.shape[1]
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates in ``scores``."""
+        c = self.channels
+        return len(self.owner) + self.pure * c + self.covariance_count * c * (c + 1) // 2
+
+    def component_means(self, means: Tensor) -> Tensor:
+        """The mean of every Gaussian, ``(*batch, G, C)``, from those of the pure ones, ``(*batch, M, C)``."""
+        return self.blend.to(means) @ means
+
     def _psi(self, like: Tensor) -> Tensor:
         return self.df * self.scale**2 * torch.eye(self.channels, dtype=like.dtype, device=like.device)
 
     def forward(self, log_prior: Tensor, log_bias: Tensor | None = None, coupling: Coupling | None = None) -> LabelMixture:
-        like, g = log_prior.new_ones(()), len(self.owner)
-        shares = like / torch.tensor(self.counts, device=like.device)[self.owner]
+        like, shares = log_prior.new_ones(()), self.shares.to(log_prior)
         weights = pyro.sample("weights", Gamma(self.weight_certainty * shares + 1, self.weight_certainty * torch.ones_like(shares)).to_event(1))
         covariances = pyro.sample("covariances", InverseWishart(self.df, self._psi(like)).expand([self.covariance_count]).to_event(1))
-        centre = like * self.location * torch.ones(g, self.channels, device=like.device)
-        means = pyro.sample("means", MultivariateNormal(centre, covariances[..., self.noise, :, :] / self.certainty).to_event(1))
+        centre = like * self.location * torch.ones(self.pure, self.channels, device=like.device)
+        means = pyro.sample("means", MultivariateNormal(centre, covariances[..., self.noise[: self.pure], :, :] / self.certainty).to_event(1))
         return self.mixture(log_prior, weights, means, covariances, log_bias, coupling)
 
     def mixture(
@@ -211,6 +254,7 @@ class GaussianMixture(PyroModule):
         spatial = log_prior.ndim - weights.ndim
         log_prior = (log_prior + labels.log().reshape(*labels.shape, *[1] * spatial)).log_softmax(weights.ndim - 1)
         covariances = covariances[..., self.noise, :, :]
+        means = self.component_means(means)
         return LabelMixture(log_prior, mixing, means, covariances, self.owner, log_bias, self.outlier, self.outlier_density, coupling)
 
     def label_weights(self, weights: Tensor) -> Tensor:
@@ -231,16 +275,17 @@ class GaussianMixture(PyroModule):
         mass = (probability @ seen.to(probability).T).clamp_min(1e-6)  # (K, C)
         mean = (probability @ filled.T) / mass
         variance = ((probability @ (filled**2).T) / mass - mean**2).clamp_min(self.scale**2)
-        means, variances = mean[self.owner], variance[self.owner]
+        pure = self.owner[: self.pure]
+        means, variances = mean[pure], variance[pure]
         position = torch.cat([torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in self.counts]).to(values)
         means = means + spread * position[:, None] * variances.sqrt()
-        shares = torch.tensor(self.counts).to(values)[self.owner]
-        pooled = self._pooled(variances / shares[:, None]) / self._pooled(torch.ones_like(shares))[:, None]
-        return {"weights": 1 / shares, "means": means, "covariances": torch.diag_embed(pooled)}
+        counts = torch.tensor(self.counts).to(values)[pure]
+        pooled = self._pooled(variances / counts[:, None]) / self._pooled(torch.ones_like(counts))[:, None]
+        return {"weights": self.shares.to(values), "means": means, "covariances": torch.diag_embed(pooled)}
 
     def _pooled(self, x: Tensor) -> Tensor:
-        """Sums over the Gaussians of each covariance: ``(G, ...)`` to ``(V, ...)``."""
-        return x.new_zeros(self.covariance_count, *x.shape[1:]).index_add(0, self.noise, x)
+        """Sums over the Gaussians (or the pure ones) of each covariance: ``(G, ...)`` to ``(V, ...)``."""
+        return x.new_zeros(self.covariance_count, *x.shape[1:]).index_add(0, self.noise[: len(x)], x)
 
     def em_update(
         self, log_atlas: Tensor, mixture: LabelMixture, image: Tensor, weights: Tensor, tempering: float = 1.0
@@ -261,13 +306,18 @@ class GaussianMixture(PyroModule):
 
         # Means and covariances: the mode of their normal–inverse-Wishart posterior.
         n0, centre, c = self.certainty, self.location, self.channels
-        means = (first + n0 * centre) / (mass + n0)[:, None]
+        # Gaussians that share means share their covariance, which therefore cancels from the normal equations.
+        blend = self.blend.to(mass)
+        normal = blend.T @ (mass[:, None] * blend) + n0 * torch.eye(self.pure).to(mass)
+        pure = torch.linalg.solve(normal, blend.T @ first + n0 * centre)
+        means = blend @ pure
         scatter = second - means[:, :, None] * first[:, None, :] - first[:, :, None] * means[:, None, :]
-        scatter = scatter + mass[:, None, None] * means[:, :, None] * means[:, None, :]
-        shift = means - centre
-        scatter = scatter + n0 * shift[:, :, None] * shift[:, None, :]
-        # Each mean's own prior has a covariance too, hence the one a Gaussian.
-        covariances = (self._pooled(scatter) + self._psi(scatter)) / (self._pooled(mass + 1) + self.df + c + 1)[:, None, None]
+        scatter = self._pooled(scatter + mass[:, None, None] * means[:, :, None] * means[:, None, :])
+        shift = pure - centre
+        scatter = scatter + self._pooled(n0 * shift[:, :, None] * shift[:, None, :])
+        # Each mean's own prior has a covariance too, hence the one a mean.
+        counts = self._pooled(mass) + self._pooled(torch.ones_like(pure[:, 0]))
+        covariances = (scatter + self._psi(scatter)) / (counts + self.df + c + 1)[:, None, None]
         # Rounding leaves the two triangles apart by more than what counts as symmetric.
         covariances = (covariances + covariances.mT) / 2
 
@@ -277,9 +327,9 @@ class GaussianMixture(PyroModule):
         expected = tempering * ((atlas / total) * seen).sum(-1)
         odd = labels.sum(-1) - torch.zeros_like(expected).index_add(0, self.owner, responsibilities.sum(-1))
         share = responsibilities.sum(-1) + odd[self.owner] * mixture.mixing
-        prior = self.weight_certainty / torch.tensor(self.counts).to(share)[self.owner]
+        prior = self.weight_certainty * self.shares.to(share)
         weights = (tempering * share + prior) / (expected[self.owner] + self.weight_certainty)
-        return {"weights": weights, "means": means, "covariances": covariances}
+        return {"weights": weights, "means": pure, "covariances": covariances}
 
     def scores(self, mixture: LabelMixture, image: Tensor) -> tuple[Tensor, Tensor]:
         """Each voxel's gradient in (log weights, whitened means, log covariances), ``(N, P)``, and the prior's precision of these, ``(P,)``.
@@ -288,7 +338,7 @@ class GaussianMixture(PyroModule):
         The prior on log w_g has precision a w_g, here with w_k = 1. Voxels that miss a channel count only for the weights.
         """
         values = mixture._corrected(image)
-        g, c = mixture.means.shape[-2:]
+        c = mixture.means.shape[-1]
         posterior = mixture.posterior(image)
         r = mixture._flat(mixture.responsibilities(image, posterior))
         labels, prior = mixture._flat(posterior), mixture._flat(mixture.log_prior).exp()
@@ -302,10 +352,11 @@ class GaussianMixture(PyroModule):
         rows, columns = torch.tril_indices(c, c, device=values.device)
         pairs = z[:, rows] * z[:, columns] - ((rows == columns)[None, :, None] & complete).to(z)
         by_covariance = r[:, None] * pairs * torch.where(rows == columns, 0.5, 1.0)[None, :, None].to(z)
-        columns_of = [by_weight, (r[:, None] * z).flatten(0, 1), self._pooled(by_covariance).flatten(0, 1)]
+        by_mean = torch.einsum("gm,gcn->mcn", self.blend.to(r), r[:, None] * z)
+        columns_of = [by_weight, by_mean.flatten(0, 1), self._pooled(by_covariance).flatten(0, 1)]
         precision = [
             self.weight_certainty * mixture.mixing,
-            torch.full((g * c,), self.certainty).to(z),
+            torch.full((self.pure * c,), self.certainty).to(z),
             torch.where(rows == columns, 0.5, 1.0).to(z).mul(self.df).repeat(self.covariance_count),
         ]
         seen = ~values.isnan().all(0)
@@ -315,7 +366,7 @@ class GaussianMixture(PyroModule):
         """Latents at departures ``(draws, P)`` from ``state`` in the coordinates of ``scores``: each site with a leading axis of draws."""
         g, c = state["means"].shape
         pairs, count = c * (c + 1) // 2, self.covariance_count
-        log_weights, whitened, packed = departures.split([g, g * c, count * pairs], -1)
+        log_weights, whitened, packed = departures.split([len(self.owner), g * c, count * pairs], -1)
         roots = torch.linalg.cholesky(state["covariances"])
         rows, columns = torch.tril_indices(c, c, device=packed.device)
         symmetric = packed.new_zeros(len(departures), count, c, c)
@@ -323,7 +374,7 @@ class GaussianMixture(PyroModule):
         symmetric = symmetric + symmetric.tril(-1).mT
         return {
             "weights": state["weights"] * log_weights.exp(),
-            "means": state["means"] + (roots[self.noise] @ whitened.unflatten(-1, (g, c, 1)))[..., 0],
+            "means": state["means"] + (roots[self.noise[:g]] @ whitened.unflatten(-1, (g, c, 1)))[..., 0],
             "covariances": roots @ torch.linalg.matrix_exp(symmetric) @ roots.mT,
         }
 

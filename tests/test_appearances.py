@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -18,14 +17,7 @@ from probmed.appearances import GAUSSIANS, BiasField, GaussianMixture, sufficien
 from probmed.distributions import InverseWishart, LabelMixture
 from probmed.grids import Grid, MaskedGrid
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
+pytestmark = pytest.mark.usefixtures("float64")
 
 GRID = Grid.from_spacing((8, 6, 5), (2.0, 3.0, 4.0))
 
@@ -197,21 +189,24 @@ def log_joint(
 ) -> Tensor:
     """Tempered log density of the image and the prior's, written out."""
     mixture = a.mixture(log_prior, state["weights"], state["means"], state["covariances"])
-    shares = 1 / torch.tensor(a.counts)[a.owner]
-    prior = torch.distributions.Gamma(a.weight_certainty * shares + 1, a.weight_certainty).log_prob(
+    prior = torch.distributions.Gamma(a.weight_certainty * a.shares + 1, a.weight_certainty).log_prob(
         state["weights"]
     )
     psi = a.df * a.scale**2 * torch.eye(a.channels)
     wishart = InverseWishart(a.df, psi).log_prob(state["covariances"])
     centre = torch.full((a.channels,), a.location)
-    normal = torch.distributions.MultivariateNormal(centre, state["covariances"] / a.certainty).log_prob(
+    normal = torch.distributions.MultivariateNormal(centre, state["covariances"][a.noise[: a.pure]] / a.certainty).log_prob(
         state["means"]
     )
     return factor * mixture.log_prob(image) + prior.sum() + wishart.sum() + normal.sum()
 
 
-def test_log_joint_of_the_component_is_the_stated_density() -> None:
-    a = appearance(2, 0.01)
+BORDERS: dict[str, Any] = {"tied": (0, 2), "borders": [(0, 2)]}
+
+
+@pytest.mark.parametrize("options", [{}, BORDERS])
+def test_log_joint_of_the_component_is_the_stated_density(options: dict[str, Any]) -> None:
+    a = appearance(2, 0.01, **options)
     log_prior, image, _ = simulated((3, 4), 2)
 
     def model() -> None:
@@ -224,12 +219,15 @@ def test_log_joint_of_the_component_is_the_stated_density() -> None:
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("tempering", [1.0, 0.2])
-@pytest.mark.parametrize(("missing", "outlier"), [(0.0, 0.0), (0.25, 0.0), (0.0, 0.02), (0.25, 0.02)])
+@pytest.mark.parametrize(
+    ("missing", "outlier", "options"),
+    [(0.0, 0.0, {}), (0.25, 0.0, {}), (0.0, 0.02, {}), (0.25, 0.02, {}), (0.0, 0.0, BORDERS), (0.25, 0.02, BORDERS)],
+)
 def test_no_update_lowers_the_log_joint(
-    channels: int, tempering: float, missing: float, outlier: float
+    channels: int, tempering: float, missing: float, outlier: float, options: dict[str, Any]
 ) -> None:
     """Twenty rounds from a poor start, each update alone too."""
-    a = appearance(channels, outlier)
+    a = appearance(channels, outlier, **options)
     log_prior, image, _ = simulated((7, 6, 5), channels, missing, outlier)
     state = a.start(log_prior, image, spread=0.3)
     state["means"] = state["means"] + 0.1 * torch.randn_like(state["means"])
@@ -392,8 +390,48 @@ def test_bias_changes_variables_with_its_jacobian() -> None:
 def test_gaussians_by_name_and_impossible_counts() -> None:
     a = GaussianMixture.for_labels(("GM", "CSF", "bone", "lesion"), 2)
     assert a.counts == (GAUSSIANS["GM"], GAUSSIANS["CSF"], GAUSSIANS["bone"], 1)
-    assert a.owner.bincount().tolist() == list(a.counts)
-    assert (a.owner.diff() >= 0).all()
+    assert a.owner[: a.pure].bincount().tolist() == list(a.counts)
+    assert (a.owner[: a.pure].diff() >= 0).all()
     for counts in ([], [1, 0]):
         with pytest.raises(ValueError, match="at least one Gaussian"):
             GaussianMixture(counts)
+
+
+def test_a_border_is_one_gaussian_more_in_either_label_half_way_between_them() -> None:
+    a = GaussianMixture([1, 2, 1], outlier=0.0, weight_certainty=7.0, **BORDERS, border_share=0.3)
+    assert a.owner.tolist() == [0, 1, 1, 2, 0, 2]
+    torch.testing.assert_close(a.shares, torch.tensor([0.7, 0.5, 0.5, 0.7, 0.3, 0.3]))
+    means = torch.tensor([[1.0], [2.0], [3.0], [5.0]])
+    assert a.component_means(means).flatten().tolist() == [1, 2, 3, 5, 3, 3]
+    mixture = a.mixture(torch.zeros(3, 1), a.shares, means, torch.full((a.covariance_count, 1, 1), 0.01))
+    # At the mean of the two, what tells the labels apart is their prior alone.
+    first, second = mixture.label_log_likelihood(torch.tensor([[3.0]]))[[0, 2], 0]
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("mixed", [0.0, 0.3])
+def test_updates_recover_the_means_and_the_noise_under_mixed_voxels(mixed: float) -> None:
+    """What pure Gaussians take for noise is mixture; with borders the noise is found, and the share of what is mixed when it is free."""
+    labels = (torch.rand(40000) < 0.5).long()
+    half = torch.rand(40000) < mixed
+    image = torch.where(half, 1.0, 0.8 + 0.4 * labels) + 0.05 * torch.randn(40000)
+    log_prior = torch.full((2, 40000), 0.5).log()
+    a = GaussianMixture([1, 1], outlier=0.0, weight_certainty=1.0, tied=(0, 1), borders=[(0, 1)], location=1.0)
+    state = a.start(log_prior, image[None])
+    state["means"] = torch.tensor([[0.9], [1.1]])
+    for _ in range(200):
+        mixture = a.mixture(log_prior, state["weights"], state["means"], state["covariances"])
+        state = a.em_update(log_prior, mixture, image[None], state["weights"])
+    torch.testing.assert_close(state["means"].flatten(), torch.tensor([0.8, 1.2]), atol=0.01, rtol=0)
+    torch.testing.assert_close(state["covariances"].flatten().sqrt(), torch.tensor([0.05]), atol=0.002, rtol=0)
+    found = state["weights"][2:].sum() / state["weights"].sum()
+    torch.testing.assert_close(found, torch.tensor(mixed), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"borders": [(0, 2)]}, {"tied": (0, 1), "borders": [(0, 1)]}, {**BORDERS, "border_share": 1.0}],
+)
+def test_borders_that_are_none_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="border"):
+        GaussianMixture([1, 2, 1], **options)

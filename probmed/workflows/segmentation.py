@@ -59,7 +59,7 @@ class Settings:
     velocity_sd_mm: float = 4.0
     velocity_length_mm: float = 30.0
     cutoff_mm: float = 60.0
-    markov: float = 0.2
+    markov: float = 0.1
     rounds: int = 8
     steps: int = 6
     tolerance: float = 1e-4
@@ -436,7 +436,7 @@ def _result(
         converged=mode.converged,
         mixture={
             "shares": (weights / weights.sum()).cpu(),
-            "means": state["means"].cpu() * unit_1 + prepared.offset.cpu(),
+            "means": model.appearance.component_means(state["means"]).cpu() * unit_1 + prepared.offset.cpu(),
             "covariances": state["covariances"][model.appearance.noise].cpu() * unit_1[:, None] * unit_1,
             "owner": model.appearance.owner.cpu(),
         },
