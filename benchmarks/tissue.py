@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ HARD = {"N4+dipy HMRF"}
 
 TISSUES = ("GM", "WM", "CSF")
 BAND_MM = 2.0
-SIMULATED = 6
+SIMULATED = 12
 
 MUSE = {
     "GM": (23, 30, 31, 32, 36, 37, 38, 39, 47, 48, *range(55, 61), 71, 72, 73, 75, 76, *range(100, 208)),
@@ -279,33 +279,31 @@ def _cases(folder: Path, limit: int | None, seed: int) -> Iterator[tuple[str, Ca
 
 
 def _ibsr(path: Path) -> Case:
-    image: Any = nib.load(path)
     labels = _labels(path.with_name(path.name.replace(".nii", "_seg.nii")))
-    return Case(
-        "ibsr18",
-        path.name[:7],
-        path,
-        {name: torch.from_numpy(labels == k) for name, k in (("CSF", 1), ("GM", 2), ("WM", 3))},
-        torch.from_numpy(labels > 0),
-        torch.ones(labels.shape, dtype=torch.bool),
-        tuple(float(h) for h in image.header.get_zooms()[:3]),
-        stripped=True,
-    )
+    tissues = {name: labels == k for name, k in (("CSF", 1), ("GM", 2), ("WM", 3))}
+    return _scanned("ibsr18", path.name[:7], path, tissues, labels > 0, np.ones_like(labels, dtype=bool), stripped=True)
 
 
 def _ixi(path: Path) -> Case:
-    image: Any = nib.load(path)
     labels = _labels(path.with_name(path.name.replace("_ds.", "_ds_DLMUSE.")))
-    return Case(
-        "ixi10",
-        path.name[:6],
-        path,
-        {name: torch.from_numpy(np.isin(labels, MUSE[name])) for name in TISSUES},
-        torch.from_numpy(labels > 0),
-        torch.from_numpy(~np.isin(labels, MUSE["unscored"])),
-        tuple(float(h) for h in image.header.get_zooms()[:3]),
-        stripped=False,
-    )
+    tissues = {name: np.isin(labels, MUSE[name]) for name in TISSUES}
+    return _scanned("ixi10", path.name[:6], path, tissues, labels > 0, ~np.isin(labels, MUSE["unscored"]), stripped=False)
+
+
+def _scanned(
+    collection: str,
+    name: str,
+    path: Path,
+    tissues: Mapping[str, NDArray[np.bool_]],
+    brain: NDArray[np.bool_],
+    scored: NDArray[np.bool_],
+    stripped: bool,
+) -> Case:
+    """A real scan, with the voxel size of its file."""
+    image: Any = nib.load(path)
+    labels = {tissue: torch.from_numpy(mask) for tissue, mask in tissues.items()}
+    spacing = tuple(float(h) for h in image.header.get_zooms()[:3])
+    return Case(collection, name, path, labels, torch.from_numpy(brain), torch.from_numpy(scored), spacing, stripped)
 
 
 def _simulated(folder: Path, seed: int) -> Case:
