@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from probmed import __version__
-from probmed.cli import demo, models, segment
+from probmed.cli import demo, models, segment, warp
 
 app = typer.Typer(
     name="probmed",
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(segment.segment)
+app.command()(warp.warp)
 app.command()(models.models)
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import gzip
 import json
 import os
 import re
@@ -36,22 +35,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from probmed.atlases import LabelAtlas
 from probmed.grids import Grid
-from probmed.transforms import Transform
 from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
+from probmed.warps import write_warp
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult
 
 WARP_SPACING_MM = 3.0
 _ABANDONED_SECONDS = 3600.0
-_LPS = torch.tensor([-1.0, -1.0, 1.0])
 _COLUMNS = {
     "index": "label in the dseg image",
     "name": "label",
@@ -200,23 +196,6 @@ def staged(folder: Path, stem: str) -> Iterator[Path]:
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
-
-
-def write_warp(path: Path, transform: Transform, grid: Grid) -> None:
-    """A transform as a displacement field of ITK and ANTs.
-
-    Arguments:
-        path: ``.nii.gz``.
-        transform: world to world, mm.
-        grid: three-dimensional; where the field is sampled.
-    """
-    points = grid.coordinates()
-    displacement = (transform(points).cpu() - points) * _LPS
-    image = nib.Nifti1Image(displacement[..., None, :].float().numpy(), grid.affine.numpy())
-    image.header.set_intent("vector")  # type: ignore[no-untyped-call]
-    image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
-    # No time in the gzip header: the same warp gives the same bytes.
-    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
 
 
 def warp_grid(grid: Grid) -> Grid:
