@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from probmed.distributions import Coupling, InverseWishart, LabelMixture
-from probmed.fields import _along_axes
+from probmed.fields import along_axes
 from probmed.grids import Grid, MaskedGrid
 
 GAUSSIANS = {"GM": 1, "WM": 1, "CSF": 1, "bone": 3, "soft": 4, "air": 2, "background": 3}
@@ -77,14 +77,8 @@ class BiasField(PyroModule):
         """
         grid = grid.lattice
         domain = self.domain or grid
-        d = grid.ndim
-        to_domain = domain.inverse_affine @ grid.affine
-        off_diagonal = to_domain[:d, :d] - torch.diag(to_domain[:d, :d].diagonal())
-        if off_diagonal.abs().max() > 1e-4:
-            raise ValueError("a bias field can only be evaluated on grids with the axes of its domain")
         bases = []
-        for axis, count in enumerate(self.counts(grid)):
-            position = torch.arange(grid.shape[axis], dtype=torch.float64) * to_domain[axis, axis] + to_domain[axis, d]
+        for axis, (count, position) in enumerate(zip(self.counts(grid), domain.positions_of(grid), strict=True)):
             frequency = torch.arange(count, dtype=torch.float64)
             basis = torch.cos(math.pi * (position[:, None] + 0.5) * frequency / domain.shape[axis])
             basis[:, 1:] *= math.sqrt(2)
@@ -94,7 +88,7 @@ class BiasField(PyroModule):
     def evaluate(self, coefficients: Tensor, grid: Grid | MaskedGrid) -> Tensor:
         """log β, ``(*batch, C, *shape)``, of coefficients ``(*batch, C, M)``."""
         full = torch.cat([coefficients.new_zeros(*coefficients.shape[:-1], 1), coefficients], -1)
-        return grid.gather(_along_axes(full.unflatten(-1, self.counts(grid)), self.bases(grid, coefficients)))
+        return grid.gather(along_axes(full.unflatten(-1, self.counts(grid)), self.bases(grid, coefficients)))
 
     def functions(self, grid: Grid | MaskedGrid, like: Tensor) -> Tensor:
         """φ_k at every voxel, ``(N, M)``."""
@@ -120,8 +114,8 @@ class BiasField(PyroModule):
         gradient, curvature = grid.scatter(gradient), grid.scatter(curvature)
         updated = []
         for channel, old in enumerate(coefficients):  # channels are few
-            slope = _along_axes(gradient[channel], transposed).flatten()[1:] - precision * old
-            squares = _along_axes(curvature[channel], products)
+            slope = along_axes(gradient[channel], transposed).flatten()[1:] - precision * old
+            squares = along_axes(curvature[channel], products)
             d = len(counts)
             squares = squares.reshape([c for count in counts for c in (count, count)])
             hessian = squares.permute(*range(0, 2 * d, 2), *range(1, 2 * d, 2)).reshape(math.prod(counts), -1)[1:, 1:]

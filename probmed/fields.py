@@ -24,7 +24,7 @@ def cosine_basis(n: int, count: int | None = None, dtype: torch.dtype = torch.fl
     return basis.to(device=device, dtype=dtype)
 
 
-def _along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+def along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Multiply the last ``len(matrices)`` axes of x by one matrix each, ``(out, in)``."""
     for axis, matrix in enumerate(matrices):
         dim = x.ndim - len(matrices) + axis
@@ -39,25 +39,25 @@ def _along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 def dct(x: Tensor, ndim: int) -> Tensor:
     """Orthonormal DCT-II over the last ``ndim`` axes, by one dense matrix an axis (faster than an FFT at the sizes of images)."""
-    return _along_axes(x, [cosine_basis(n, None, x.dtype, str(x.device)).T for n in x.shape[-ndim:]])
+    return along_axes(x, [cosine_basis(n, None, x.dtype, str(x.device)).T for n in x.shape[-ndim:]])
 
 
 def idct(x: Tensor, ndim: int) -> Tensor:
     """Inverse of ``dct``."""
-    return _along_axes(x, [cosine_basis(n, None, x.dtype, str(x.device)) for n in x.shape[-ndim:]])
+    return along_axes(x, [cosine_basis(n, None, x.dtype, str(x.device)) for n in x.shape[-ndim:]])
 
 
 def synthesise(coefficients: Tensor, shape: Sequence[int]) -> Tensor:
     """A field ``(*batch, *shape)`` from its first DCT coefficients ``(*batch, *counts)``."""
     pairs = zip(shape, coefficients.shape[-len(shape) :], strict=True)
     dtype, device = coefficients.dtype, str(coefficients.device)
-    return _along_axes(coefficients, [cosine_basis(n, c, dtype, device) for n, c in pairs])
+    return along_axes(coefficients, [cosine_basis(n, c, dtype, device) for n, c in pairs])
 
 
 def analyse(x: Tensor, counts: Sequence[int]) -> Tensor:
     """The transpose of ``synthesise``: the first DCT coefficients of a field."""
     pairs = zip(x.shape[-len(counts) :], counts, strict=True)
-    return _along_axes(x, [cosine_basis(n, c, x.dtype, str(x.device)).T for n, c in pairs])
+    return along_axes(x, [cosine_basis(n, c, x.dtype, str(x.device)).T for n, c in pairs])
 
 
 def laplacian_eigenvalues(shape: Sequence[int], spacing: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -171,7 +171,7 @@ class GaussianField(TorchDistribution):
         """Marginal variance at each voxel, ``(*batch, C, *shape)``: Σ_k B_vk² / λ_k, larger at the free boundary than inside."""
         d = len(self.grid_shape)
         squared = [cosine_basis(n, None, self.strength.dtype, str(self.strength.device)) ** 2 for n in self.grid_shape]
-        variance = _along_axes(1 / self.eigenvalues, squared)
+        variance = along_axes(1 / self.eigenvalues, squared)
         return variance.unsqueeze(-d - 1).expand(self.batch_shape + self.event_shape)
 
     def precision_matvec(self, x: Tensor) -> Tensor:

@@ -27,7 +27,14 @@ FLOOR = 1e-4
 """Added to every label's probability, so that an atlas never rules a label out (SPM's constant)."""
 
 
-class AffinePrior(PyroModule):
+class DeformationPrior(PyroModule):
+    """What every deformation prior has: ``forward()`` draws its latents and returns a transform, mm to mm."""
+
+    def forward(self) -> Transform:
+        raise NotImplementedError
+
+
+class AffinePrior(DeformationPrior):
     """An affine map near a known one: A = start · exp(Σ_n a_n G_n), a_n ~ N(0, s_n²). Site: ``affine``, ``(count,)``.
 
     Arguments:
@@ -73,7 +80,7 @@ class AffinePrior(PyroModule):
         return self.evaluate(pyro.sample("affine", Normal(torch.zeros_like(self.sd), self.sd).to_event(1)))
 
 
-class SmoothVelocity(PyroModule):
+class SmoothVelocity(DeformationPrior):
     """exp(v) of a smooth stationary velocity, v ~ GaussianField on a grid. Site: ``velocity``, ``(d, *shape)``, mm.
 
     Arguments:
@@ -98,6 +105,17 @@ class SmoothVelocity(PyroModule):
 
     def forward(self) -> Velocity:
         return self.evaluate(pyro.sample("velocity", self.prior()))
+
+
+class AffineVelocity(DeformationPrior):
+    """A ∘ exp(v): the flow first, in the world in which the transform starts, then the affine map. Sites: ``affine`` and ``velocity``."""
+
+    def __init__(self, affine: AffinePrior, deformation: SmoothVelocity) -> None:
+        super().__init__()
+        self.affine, self.deformation = affine, deformation
+
+    def forward(self) -> Transform:
+        return self.affine() @ self.deformation()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A new component or model gets its case here: `test_models.py` fails where one ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,15 @@ from probmed.transforms import Affine
 NAMES = ("GM", "WM", "air")
 
 
-def oblique_grid(d: int = 3, size: int = 6) -> Grid:
-    """Anisotropic, turned, with a reversed axis, centred near the world's origin."""
-    shape, spacing = (size, size - 1, size - 2)[:d], torch.tensor([4.0, 6.0, 9.0])[:d].double()
+def oblique_grid(d: int = 3, size: int = 6, spacing_mm: Sequence[float] = (4.0, 6.0, 9.0), centre_mm: float = 1.5) -> Grid:
+    """Anisotropic, turned, with a reversed axis, its centre at ``centre_mm`` along each axis of the world."""
+    shape, spacing = (size, size - 1, size - 2)[:d], torch.tensor(spacing_mm[:d], dtype=torch.float64)
     angles = [0.3, -0.2, 0.4] if d == 3 else [0.5]
     turn = Affine.exp(torch.tensor([0.0] * d + angles, dtype=torch.float64), d).matrix[:d, :d]
     flip = torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)[:d]
     affine = torch.eye(d + 1, dtype=torch.float64)
     affine[:d, :d] = turn * (flip * spacing)
-    affine[:d, d] = 1.5 - affine[:d, :d] @ ((torch.tensor(shape, dtype=torch.float64) - 1) / 2)
+    affine[:d, d] = centre_mm - affine[:d, :d] @ ((torch.tensor(shape, dtype=torch.float64) - 1) / 2)
     return Grid(shape, affine)
 
 

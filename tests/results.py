@@ -1,20 +1,24 @@
-"""A tiny segmented scan, made without a fit."""
+"""A tiny segmented scan, made without a fit, a report without figures, and what a refusal looks like."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import torch
+from typer.testing import Result
 
 from probmed.atlases import LabelAtlas
 from probmed.grids import Grid
 from probmed.inference.em import Round
 from probmed.transforms import Affine
 from probmed.volumes import UnusableInput, Volume, read_scan
+from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult, volume_table
 
 nib: Any = nibabel  # its classes are partly untyped
@@ -99,3 +103,19 @@ def tiny_result(scans: Sequence[Path | str | Volume], seed: int = 0, draws: int 
         seed=seed,
         _draw=draw,
     )
+
+
+def plain_page(result: SegmentationResult, provenance: Provenance, title: str, truth: Sequence[dict[str, Any]] | None = None) -> str:
+    """In place of ``segmentation_page``, whose figures take a second, where a test does not look at them: all else that goes in, and 10 kB."""
+    return json.dumps([title, asdict(provenance), result.volumes.to_dict("list"), truth]).ljust(10_000)
+
+
+def refused(result: Result, *words: str) -> None:
+    """Status 2, and one line that has the words."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert "; " in lines[0]

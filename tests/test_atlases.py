@@ -14,14 +14,13 @@ import torch
 from probmed.atlases import (
     AtlasRecipe,
     LabelAtlas,
-    average_onto,
     cache_folder,
     default_atlas,
     read_atlas,
     write_atlas,
 )
 from probmed.atlases.mni152 import Packed, _digest, _read_cached, _write_cached
-from probmed.grids import Grid
+from probmed.grids import Grid, average_onto
 from probmed.volumes import UnusableInput
 
 

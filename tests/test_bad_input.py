@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from results import tiny_atlas, tiny_result, write_tiny_scan
+from results import plain_page, refused, tiny_atlas, tiny_result, write_tiny_scan
 from typer.testing import CliRunner, Result
 
 from probmed import cli
@@ -34,17 +34,6 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, list(arguments))
 
 
-def refused(result: Result, *words: str) -> None:
-    """Status 2, and one line that has the words."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
-    assert "; " in lines[0]
-
-
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder, a small atlas, and a fit that must not be reached unless a test says so."""
@@ -57,7 +46,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 @pytest.fixture
 def fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fit that takes no time."""
+    """A fit and a report that take no time."""
+    monkeypatch.setattr("probmed.cli.segment.segmentation_page", plain_page)
     monkeypatch.setattr(
         segmentation, "segment", lambda scans, *, seed, draws, **_: tiny_result(scans, seed, draws)
     )

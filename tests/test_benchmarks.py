@@ -8,7 +8,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -99,19 +98,12 @@ def test_the_machine_is_described_without_names() -> None:
     assert mean_sd([]) == "–" and mean_sd([0.5]) == "0.500" and mean_sd([1.0, 3.0], 1) == "2.0 ± 1.4"
 
 
-def answer(scan: Path, classes: int) -> tuple[tuple[str, ...], np.ndarray, dict[str, float], dict[str, int]]:
-    """What a method gives; called in a child process."""
-    maps = np.zeros((classes, 2, 2), dtype=np.float32)
-    maps[1, 0] = 1
-    return tuple("ABC"[:classes]), maps, {"first": 1.0, "second": 2.5}, {"threads": torch.get_num_threads()}
-
-
 def test_a_method_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
-    run = measure("tests.test_benchmarks:answer", tmp_path / "scan.nii.gz", {"classes": 3}, threads=1)
+    run = measure("tests.answers:answer", tmp_path / "scan.nii.gz", {"classes": 3}, threads=1)
     assert run.names == ("A", "B", "C") and run.seconds["total"] == 3.5 and run.remarks == {"threads": 1}
     assert run.labels.tolist() == [[1, 1], [3, 3]] and run.peak_gib > 0.01
     with pytest.raises(RuntimeError, match=r"failed on scan\.nii\.gz"):
-        measure("tests.test_benchmarks:missing", tmp_path / "scan.nii.gz", {})
+        measure("tests.answers:missing", tmp_path / "scan.nii.gz", {})
 
 
 def test_a_perfect_answer_has_perfect_scores(tmp_path: Path) -> None:

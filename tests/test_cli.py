@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from results import tiny_atlas, tiny_result, write_tiny_scan
+from results import plain_page, tiny_atlas, tiny_result, write_tiny_scan
 from typer.testing import CliRunner, Result
 
 import probmed
 from probmed import cli
 from probmed.cli import demo
 from probmed.models import ZOO, entry
+from probmed.report import segmentation_page
 from probmed.workflows import segmentation
 from probmed.workflows.segmentation import SegmentationResult
 
@@ -27,7 +28,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Call the command in an empty folder, with a fit that takes no time."""
+    """Call the command in an empty folder, with a fit and a report that take no time."""
 
     def segment(
         scans: Sequence[Path],
@@ -44,6 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
     monkeypatch.setattr(segmentation, "segment", segment)
     monkeypatch.setattr("probmed.cli.segment.default_atlas", tiny_atlas)
+    monkeypatch.setattr("probmed.cli.segment.segmentation_page", plain_page)
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> Result:
@@ -53,7 +55,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     return call
 
 
-def test_one_scan(run: Run, tmp_path: Path) -> None:
+def test_one_scan(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("probmed.cli.segment.segmentation_page", segmentation_page)
     write_tiny_scan(tmp_path / "sub-01_T1w.nii.gz")
     result = run("segment", "sub-01_T1w.nii.gz", "-o", "new/out", "--samples", "1")
     assert result.exit_code == 0, result.output
@@ -159,13 +162,14 @@ def test_demo(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(demo, "default_atlas", lambda: type(atlas)(
         atlas.names, atlas.probabilities, atlas.grid, template, atlas.brain
     ))  # fmt: skip
+    assert run("demo", "-o", "out", "--quiet").output == ""
+    monkeypatch.setattr("probmed.cli.segment.segmentation_page", segmentation_page)
     result = run("demo", "-o", "out")
     assert result.exit_code == 0, result.output
     assert re.search(r"GM .*0\.\d{3}", result.stdout)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"MNI152_desc-truth_dseg.nii.gz", "MNI152_desc-degraded_T1w_report.html"} <= names
     assert "Diamond" in (tmp_path / "out" / "MNI152_desc-degraded_T1w_report.html").read_text()
-    assert run("demo", "-o", "out", "--quiet").output == ""
 
 
 def test_demo_needs_a_template() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,7 @@ from probmed.distributions import Coupling, InverseWishart, LabelMixture, gaussi
 LEVEL = 1e-4
 """Of each goodness-of-fit test; seeds are fixed, so that these fail only where the code changes."""
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def covariances(count: int, channels: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -15,46 +15,36 @@ from pyro.infer.autoguide import AutoDelta, init_to_value
 from torch import Tensor
 
 from probmed.appearances import BiasField, GaussianMixture
+from probmed.atlases import LabelAtlas
 from probmed.fields import GaussianField
 from probmed.grids import Grid
 from probmed.inference.em import Mode, Round, ascend, em, log_joint
 from probmed.models.segmentation import Segmentation
 from probmed.priors import DeformableAtlas, FixedAtlas, LabelPrior, MarkovField, SmoothVelocity
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    # Pyro's global parameter store would hand one guide's parameters to the next.
-    with pyro.settings.context(module_local_params=True):
-        yield
-    torch.set_default_dtype(torch.float32)
-
+pytestmark = pytest.mark.usefixtures("float64", "local_parameters")
 
 GRID = oblique_grid(3, 10)
 
 
+def sharp_atlas() -> LabelAtlas:
+    return tiny_atlas(size=11, spacing_mm=3.6, sharpness=2.0)
+
+
 def fixed() -> LabelPrior:
-    return FixedAtlas(tiny_atlas(size=11, spacing_mm=3.6, sharpness=2.0))
+    return FixedAtlas(sharp_atlas())
 
 
 def deformable() -> LabelPrior:
-    return DeformableAtlas(
-        tiny_atlas(size=11, spacing_mm=3.6, sharpness=2.0), None, SmoothVelocity(velocity_grid(), sd_mm=2.0)
-    )
+    return DeformableAtlas(sharp_atlas(), None, SmoothVelocity(velocity_grid(), sd_mm=2.0))
 
 
 def affine() -> LabelPrior:
-    return DeformableAtlas(tiny_atlas(size=11, spacing_mm=3.6, sharpness=2.0))
+    return DeformableAtlas(sharp_atlas())
 
 
 def affine_and_deformable() -> LabelPrior:
-    return DeformableAtlas(
-        tiny_atlas(size=11, spacing_mm=3.6, sharpness=2.0),
-        "default",
-        SmoothVelocity(velocity_grid(), sd_mm=2.0),
-    )
+    return DeformableAtlas(sharp_atlas(), "default", SmoothVelocity(velocity_grid(), sd_mm=2.0))
 
 
 def simulated(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -21,15 +20,7 @@ from probmed.inference.guides import AUTOMATIC
 
 SHAPE, SPACING, NOISE_SD = (5, 4), (1.0, 2.0), 0.5
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    assert not list(pyro.get_param_store().keys())
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64", "empty_store")
 
 
 def field(channels: int = 2, shape: tuple[int, ...] = SHAPE, spacing: tuple[float, ...] = SPACING) -> GaussianField:
@@ -128,13 +119,13 @@ def test_a_field_guide_starts_at_the_prior(rank: int) -> None:
     assert float(q.mean.abs().max()) == 0
 
 
-@pytest.mark.parametrize("elbo", [None, TraceMeanField_ELBO(num_particles=2)])
-def test_the_posterior_of_a_field_under_white_noise_is_exact(elbo: Any) -> None:
+@pytest.mark.parametrize(("elbo", "steps", "rate"), [(None, 1500, 0.05), (TraceMeanField_ELBO(num_particles=2), 700, 0.1)])
+def test_the_posterior_of_a_field_under_white_noise_is_exact(elbo: Any, steps: int, rate: float) -> None:
     y = data()
     guide = structured(seen_field, y)
     assert isinstance(guide, CompositeGuide)
     start = float(log_ratios(seen_field, guide, y, draws=100, seed=0).mean())
-    fit(seen_field, guide, y, elbo=elbo, steps=1500, learning_rate=0.05, tolerance_nats=None, seed=1)
+    fit(seen_field, guide, y, elbo=elbo, steps=steps, learning_rate=rate, tolerance_nats=None, seed=1)
     precision = field().eigenvalues + NOISE_SD**-2
     with torch.no_grad():
         q = guide.parts[0].distribution()  # type: ignore[operator]
@@ -173,9 +164,9 @@ def test_low_rank_holds_what_a_diagonal_cannot() -> None:
     variance = float((weights * field(1).covariance_matvec(weights)).sum()) + 1.0
     exact = -0.5 * (float(y) ** 2 / variance + math.log(2 * math.pi * variance))
     gaps = []
-    for rank in (0, 2):
+    for rank, steps in ((0, 400), (2, 1200)):
         guide = structured(region_mean, y, rank=rank)
-        fit(region_mean, guide, y, steps=1200, learning_rate=0.05, tolerance_nats=None, seed=1)
+        fit(region_mean, guide, y, steps=steps, learning_rate=0.05, tolerance_nats=None, seed=1)
         gaps.append(exact - importance(region_mean, guide, y, draws=200, seed=0).elbo)
     assert gaps[1] < 0.3 * gaps[0]
 

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import io
 import pkgutil
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -32,16 +31,7 @@ from probmed.transforms import Transform, Velocity
 
 ABSTRACT = {LabelPrior}
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    # Pyro's global parameter store would hand one guide's parameters to the next.
-    with pyro.settings.context(module_local_params=True):
-        yield
-    torch.set_default_dtype(torch.float32)
-
+pytestmark = pytest.mark.usefixtures("float64", "local_parameters")
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_model = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
@@ -55,6 +45,10 @@ def latents(trace: Any) -> dict[str, Tensor]:
     return {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != "image"}
 
 
+def observed(trace: Any, case: Case) -> dict[str, Tensor]:
+    return {case.observed: trace.nodes[case.observed]["value"]} if case.observed else {}
+
+
 def tensors(result: Any) -> list[Tensor]:
     """The numbers in whatever a component returns."""
     if isinstance(result, Tensor):
@@ -64,6 +58,14 @@ def tensors(result: Any) -> list[Tensor]:
     if isinstance(result, Transform):
         return [result.field if isinstance(result, Velocity) else result(torch.zeros(2, result.ndim))]
     raise TypeError(f"a component returned a {type(result)}, which this suite does not know")
+
+
+def assert_given_latents_repeat(trace: Any, component: PyroModule, case: Case) -> None:
+    """With the latents (and data) of a trace, a component gives the trace's result and density."""
+    again = trace_of(poutine.condition(component, data=latents(trace) | observed(trace, case)), case)
+    for a, b in zip(tensors(trace.nodes["_RETURN"]["value"]), tensors(again.nodes["_RETURN"]["value"]), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.as_tensor(again.log_prob_sum()), torch.as_tensor(trace.log_prob_sum()))
 
 
 def test_every_component_and_model_has_a_case() -> None:
@@ -103,14 +105,7 @@ def test_two_draws_differ_and_the_same_latents_give_the_same_result(case: Case) 
     first, second = (trace_of(component, case) for _ in range(2))
     for name in case.sites:
         assert not torch.equal(first.nodes[name]["value"], second.nodes[name]["value"]), name
-    state = latents(first) | ({case.observed: first.nodes[case.observed]["value"]} if case.observed else {})
-    again = trace_of(poutine.condition(component, data=state), case)
-    pairs = zip(
-        tensors(first.nodes["_RETURN"]["value"]), tensors(again.nodes["_RETURN"]["value"]), strict=True
-    )
-    for a, b in pairs:
-        torch.testing.assert_close(a, b)
-    torch.testing.assert_close(torch.as_tensor(again.log_prob_sum()), torch.as_tensor(first.log_prob_sum()))
+    assert_given_latents_repeat(first, component, case)
 
 
 @every_case
@@ -131,15 +126,7 @@ def test_state_survives_saving_and_loading(case: Case) -> None:
     torch.save(component.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    trace = trace_of(component, case)
-    state = latents(trace) | ({case.observed: trace.nodes[case.observed]["value"]} if case.observed else {})
-    again = trace_of(poutine.condition(other, data=state), case)
-    pairs = zip(
-        tensors(trace.nodes["_RETURN"]["value"]), tensors(again.nodes["_RETURN"]["value"]), strict=True
-    )
-    for a, b in pairs:
-        torch.testing.assert_close(a, b)
-    torch.testing.assert_close(torch.as_tensor(again.log_prob_sum()), torch.as_tensor(trace.log_prob_sum()))
+    assert_given_latents_repeat(trace_of(component, case), other, case)
 
 
 @every_case
@@ -163,9 +150,8 @@ def test_two_in_one_program_do_not_clash(case: Case) -> None:
 def test_every_parameter_and_latent_has_a_gradient(case: Case) -> None:
     component = case.build()
     trace = trace_of(component, case)
-    observed = {case.observed: trace.nodes[case.observed]["value"]} if case.observed else {}
     leaves = {name: value.detach().requires_grad_() for name, value in latents(trace).items()}
-    replayed = trace_of(poutine.condition(component, data={**leaves, **observed}), case)
+    replayed = trace_of(poutine.condition(component, data=leaves | observed(trace, case)), case)
     total = torch.as_tensor(replayed.log_prob_sum())
     if not case.observed:
         # Through the result, not the prior alone.

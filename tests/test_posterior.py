@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,7 @@ from probmed.inference import Posterior, automatic, fit, predictive_draws, prior
 from probmed.inference.diagnostics import load_arviz
 from probmed.volumes import UnusableInput
 
-
-@pytest.fixture(autouse=True)
-def empty_store() -> Iterator[None]:
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    assert not list(pyro.get_param_store().keys())
+pytestmark = pytest.mark.usefixtures("empty_store")
 
 
 class Line(PyroModule):

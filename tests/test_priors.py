@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-import pyro
 import pytest
 import torch
 from cases import LABEL_PRIORS, NAMES, oblique_grid, tiny_atlas, velocity_grid
@@ -26,13 +24,7 @@ from probmed.transforms import Affine, Velocity
 
 GRID = oblique_grid()
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def floored(d: int = 3) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,7 @@ from probmed.inference.mcmc import nuts
 from probmed.inference.parameters import modules_within
 from probmed.volumes import UnusableInput
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    # No fit may leave anything in Pyro's global store.
-    assert not list(pyro.get_param_store().keys())
-    torch.set_default_dtype(torch.float32)
-
+pytestmark = pytest.mark.usefixtures("float64", "empty_store")
 
 PRIOR_SD, NOISE_SD = 2.0, 0.5
 DATA = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.5], dtype=torch.float64)
@@ -90,16 +79,16 @@ def moments(guide: Any, y: Tensor = DATA) -> tuple[float, float]:
 
 
 def test_the_posterior_of_a_normal_mean_is_exact() -> None:
-    guide, result = fitted(particles=4)
+    guide, result = fitted(particles=2, steps=800, learning_rate=0.03)
     assert moments(guide) == pytest.approx(exact(DATA), rel=0.02)
-    assert result.steps == len(result.losses) == 1000
+    assert result.steps == len(result.losses) == 800
     # Where q is the posterior, every estimate of the ELBO is the evidence.
     assert result.elbo == pytest.approx(exact_evidence(DATA), abs=0.01)
 
 
 def test_map_of_a_normal_mean_is_exact() -> None:
     guide = MAP(normal_mean)
-    fit(normal_mean, guide, DATA, steps=600, learning_rate=0.1, tolerance_nats=None)
+    fit(normal_mean, guide, DATA, steps=300, learning_rate=0.1, tolerance_nats=None)
     assert float(guide.median()["mean"]) == pytest.approx(exact(DATA)[0], abs=1e-5)
 
 
@@ -116,7 +105,7 @@ def test_starting_values_that_fit_no_site_are_refused(init: dict[str, Tensor]) -
 
 def test_a_model_learns_its_own_parameters() -> None:
     model, y = Noisy(), 3 + 0.2 * torch.randn(400)
-    fit(model, automatic("diagonal", model), y, steps=800, learning_rate=0.05, tolerance_nats=None)
+    fit(model, automatic("diagonal", model), y, steps=400, learning_rate=0.1, tolerance_nats=None)
     assert float(model.log_noise.detach().exp()) == pytest.approx(float(y.std()), rel=0.02)
 
 
@@ -130,9 +119,9 @@ def test_modules_built_anywhere_can_be_fitted(wrap: Any) -> None:
 
 def test_fits_do_not_leak_into_each_other() -> None:
     other = DATA - 10
-    first, _ = fitted()
+    first, _ = fitted(steps=50)
     before = moments(first)
-    second, _ = fitted(other)
+    second, _ = fitted(other, steps=200, learning_rate=0.2)
     assert moments(second)[0] == pytest.approx(exact(other)[0], rel=0.01)
     assert moments(first) == before
     assert not list(pyro.get_param_store().keys())
@@ -298,7 +287,7 @@ def test_another_estimator_and_several_particles() -> None:
 
 
 def test_importance_weights_tell_a_good_guide_from_a_narrow_one() -> None:
-    guide, _ = fitted()
+    guide, _ = fitted(steps=400)
     good = importance(normal_mean, guide, DATA, draws=1000, seed=0)
     assert good.log_evidence == pytest.approx(exact_evidence(DATA), abs=1e-2)
     assert good.k_hat < 0.7

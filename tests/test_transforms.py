@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import scipy.integrate
 import scipy.linalg
 import torch
+from cases import oblique_grid
 from torch import Tensor
 
 from probmed.fields import GaussianField
@@ -17,24 +18,11 @@ from probmed.grids import Grid, channels_last, sample
 from probmed.priors import SmoothVelocity
 from probmed.transforms import Affine, Composition, Displacement, Transform, Velocity, warp
 
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def oblique(d: int, size: int = 12) -> Grid:
-    """An anisotropic grid, turned and (in 3D) with a flipped axis, centred near the world's origin."""
-    shape, spacing = (size, size - 1, size - 2)[:d], torch.tensor((1.0, 1.5, 2.2))[:d]
-    turn = Affine.exp(torch.tensor([0.0] * d + ([0.3, -0.2, 0.4] if d == 3 else [0.5])), d).matrix
-    flip = torch.diag(torch.tensor([-1.0, 1.0, 1.0][:d] if d == 3 else [1.0, 1.0]))
-    affine = torch.eye(d + 1)
-    affine[:d, :d] = turn[:d, :d] @ flip @ torch.diag(spacing)
-    affine[:d, d] = -affine[:d, :d] @ (torch.tensor(shape, dtype=torch.float64) - 1) / 2 + 0.3
-    return Grid(shape, affine)
+    return oblique_grid(d, size, (1.0, 1.5, 2.2), 0.3)
 
 
 def inside(grid: Grid, margin: int) -> tuple[slice, ...]:

@@ -589,25 +589,22 @@ def test_unusable_inputs(tmp_path: Path, case: str) -> None:
             read_labels(path)
 
 
-def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be read: permission denied; ask its owner"),
+        (OSError(errno.EIO, "Input/output error"), "cannot be read: Input/output error; check the disk"),
+    ],
+    ids=["permission denied", "a disk that fails"],
+)
+def test_a_file_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, message: str) -> None:
     path = save(tmp_path / "a.nii", ramp((4, 5, 6)))
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
+        raise error
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(UnusableInput, match="cannot be read: permission denied; ask its owner"):
-        read_scan(path)
-
-
-def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(tmp_path / "a.nii", ramp((4, 5, 6)))
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    with pytest.raises(UnusableInput, match="cannot be read: Input/output error; check the disk"):
+    with pytest.raises(UnusableInput, match=message):
         read_scan(path)
 
 

@@ -21,6 +21,7 @@ from cases import oblique_grid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from results import refused
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -61,17 +62,6 @@ def done(*arguments: str) -> Result:
     result = call(*arguments)
     assert result.exit_code == 0, result.output
     return result
-
-
-def refused(result: Result, *words: str) -> None:
-    """Status 2, and one line with file, fault, remedy."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
-    assert "; " in lines[0]
 
 
 # Grids: what a scanner, a flip, a slice of another plane and a coarse axis make of the axes.

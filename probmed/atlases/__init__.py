@@ -12,14 +12,13 @@ References:
 """
 
 from probmed.atlases.folders import read_atlas, write_atlas
-from probmed.atlases.labels import BACKGROUNDS, LabelAtlas, average_onto
+from probmed.atlases.labels import BACKGROUNDS, LabelAtlas
 from probmed.atlases.mni152 import AtlasRecipe, cache_folder, default_atlas
 
 __all__ = [
     "BACKGROUNDS",
     "AtlasRecipe",
     "LabelAtlas",
-    "average_onto",
     "cache_folder",
     "default_atlas",
     "read_atlas",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from probmed.grids import Grid, resample
+from probmed.grids import Grid, average_onto, resample
 
 BACKGROUNDS = ("air", "background")
 """Class names that take label index 0."""
@@ -178,37 +178,3 @@ def default_indices(names: Sequence[str]) -> tuple[int, ...]:
 def default_colours(names: Sequence[str]) -> tuple[str, ...]:
     """A colour for each class, ``#rrggbb``."""
     return tuple(_COLOURS.get(n, _SPARE_COLOURS[k % len(_SPARE_COLOURS)]) for k, n in enumerate(names))
-
-
-def average_onto(image: Tensor, source: Grid, target: Grid) -> Tensor:
-    """Mean of an image over each voxel of a grid that has the same field of view (see `Grid.at_spacing`).
-
-    Arguments:
-        image: ``(..., *source.shape)``.
-
-    Returns:
-        ``(..., *target.shape)``. Along an axis that gets finer, linear interpolation instead.
-    """
-    out, d = image, source.ndim
-    for axis, (n, m) in enumerate(zip(source.shape, target.shape, strict=True)):
-        if n == m:
-            continue
-        weights = (_overlaps if m < n else _interpolates)(n, m).to(image)
-        out = torch.tensordot(out, weights, dims=([out.ndim - d + axis], [1])).movedim(-1, out.ndim - d + axis)
-    return out.contiguous()
-
-
-def _overlaps(n: int, m: int) -> Tensor:
-    """``(m, n)`` share of each of m equal intervals of [0, 1] that each of n has."""
-    fine, coarse = torch.arange(n + 1, dtype=torch.float64) / n, torch.arange(m + 1, dtype=torch.float64) / m
-    upper = torch.minimum(coarse[1:, None], fine[None, 1:])
-    lower = torch.maximum(coarse[:-1, None], fine[None, :-1])
-    return (upper - lower).clamp_min(0) * m
-
-
-def _interpolates(n: int, m: int) -> Tensor:
-    """``(m, n)`` weights of linear interpolation from n interval centres to m, constant beyond the
-    outermost.
-    """
-    position = ((torch.arange(m, dtype=torch.float64) + 0.5) * n / m - 0.5).clamp(0, n - 1)
-    return (1 - (position[:, None] - torch.arange(n, dtype=torch.float64)).abs()).clamp_min(0)

@@ -9,7 +9,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from probmed.atlases import LabelAtlas, default_atlas
 from probmed.cli import progress
@@ -25,6 +24,7 @@ from probmed.cli.options import (
     remove_if_empty,
 )
 from probmed.cli.segment import Request, Subject, segment_subject
+from probmed.metrics import dice
 from probmed.simulation import CONTRASTS, degraded
 from probmed.simulation.contrasts import stream
 from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
@@ -124,7 +124,7 @@ def compared(result: SegmentationResult, truth: Volume) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
-                "dice": _dice(result.labels == index, truth.data == index),
+                "dice": dice(result.labels == index, truth.data == index),
                 "volume_ml": volume,
                 "estimate_ml": float(row["volume_ml"]),
                 "q025": float(row["q025"]),
@@ -132,10 +132,6 @@ def compared(result: SegmentationResult, truth: Volume) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _dice(a: Tensor, b: Tensor) -> float:
-    return 2 * float((a & b).sum()) / max(float(a.sum() + b.sum()), 1.0)
 
 
 def _show(result: SegmentationResult, truth: Volume) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probmed.atlases import LabelAtlas, average_onto
+from probmed.atlases import LabelAtlas
 from probmed.fields import GaussianField, dct, idct, laplacian_eigenvalues
-from probmed.grids import Grid, sample
+from probmed.grids import Grid, average_onto, sample
 from probmed.priors import FixedAtlas
 from probmed.simulation.contrasts import draw_field, stream
 from probmed.transforms import Affine, Displacement, Transform, Velocity

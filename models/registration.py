@@ -1,0 +1,153 @@
+"""p(f | φ; m) p(φ): a fixed image explained by a moving one and a deformation.
+
+.. math::
+    \\varphi \\sim p(\\varphi), \\quad \\theta \\sim p(\\theta), \\quad f \\sim p(f \\mid m \\circ \\varphi, \\theta)
+
+φ takes the fixed image's world to the moving one's, so that m∘φ lies on the fixed image's grid. Everything is a part: the deformation prior
+(``priors``), the likelihood (``similarities``).
+
+References: Dalca et al., MedIA 2019; Ashburner, NeuroImage 2007 (the derivative of a flow in its velocity).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from probmed.fields import along_axes
+from probmed.grids import Grid, interpolation_matrices, sample
+from probmed.priors import DeformationPrior
+from probmed.similarities import Similarity
+from probmed.transforms import Displacement, Transform, Velocity, physical_gradient, warp
+
+
+class Registration(PyroModule):
+    """Two images of one anatomy.
+
+    Sites: those of the deformation (``affine``, ``velocity``), of the similarity, and ``fixed``, ``(C, *shape)``, observed where given.
+
+    Arguments:
+        deformation: a component that returns a transform from the fixed image's world to the moving one's.
+        similarity: how the fixed image looks given the moved one; its ``tempering`` is a factor on the log density, for voxels that are not
+            independent. The prior is not scaled.
+    """
+
+    def __init__(self, deformation: DeformationPrior, similarity: Similarity) -> None:
+        super().__init__()
+        self.deformation, self.similarity = deformation, similarity
+
+    def forward(self, moving: Tensor, moving_grid: Grid, grid: Grid, fixed: Tensor | None = None) -> Tensor:
+        """
+        Arguments:
+            moving: ``(C, *moving_grid.shape)``, NaN where nothing is known.
+            grid: of the fixed image.
+        """
+        transform: Transform = self.deformation()
+        moved = warp(moving, moving_grid, transform, grid, fill=math.nan)
+        distribution = self.similarity(moved)
+        with poutine.scale(scale=self.similarity.tempering):
+            return pyro.sample("fixed", distribution, obs=fixed)
+
+    def transform(self, state: Mapping[str, Tensor]) -> Transform:
+        """φ at given latents."""
+        transform: Transform = poutine.condition(self.deformation, data=dict(state))()
+        return transform
+
+    def moved(self, state: Mapping[str, Tensor], moving: Tensor, moving_grid: Grid, grid: Grid) -> Tensor:
+        """m∘φ at given latents, ``(C, *shape)``."""
+        return warp(moving, moving_grid, self.transform(state), grid, fill=math.nan)
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """The log likelihood near a velocity.
+
+    Arguments:
+        log_joint: tempered log likelihood and log prior of the similarity's latents, nats.
+        gradient: of the former in the velocity, ``(d, *velocity.shape)``, nats per mm.
+        latents: of the similarity, maximised at this velocity.
+        slopes: ∇m of the moved image halfway, ``(C, d, *shape)``, mm⁻¹.
+        curvature: minus the expected second derivative in each value of m halfway, ``(C, *shape)``.
+        matrices: from the velocity's lattice to the image's, one an axis.
+    """
+
+    log_joint: float
+    gradient: Tensor
+    latents: dict[str, Tensor]
+    slopes: Tensor
+    curvature: Tensor
+    matrices: list[Tensor]
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Shape of the data, ``(C, *shape)``."""
+        return tuple(self.curvature.shape)
+
+    def precision(self, velocity: Tensor) -> Tensor:
+        """The Gauss–Newton Hessian times velocities ``(batch, d, *velocity.shape)``: Pᵀ ∇m h ∇mᵀ P."""
+        along = torch.einsum("cd...,bd...->bc...", self.slopes, along_axes(velocity, self.matrices))
+        back = torch.einsum("cd...,bc...->bd...", self.slopes, self.curvature * along)
+        return along_axes(back, [m.T for m in self.matrices])
+
+    def precision_root(self, white: Tensor) -> Tensor:
+        """Pᵀ ∇m √h applied to ``(batch, C, *shape)``: with white noise, draws whose covariance is the Hessian."""
+        back = torch.einsum("cd...,bc...->bd...", self.slopes, self.curvature.sqrt() * white)
+        return along_axes(back, [m.T for m in self.matrices])
+
+    def blocks(self) -> Tensor:
+        """A block-diagonal bound of the Hessian, ``(d, d, *velocity.shape)``: since the rows of P are positive and sum to one,
+        xᵀ Pᵀ H P x ≤ Σ_i x_iᵀ (Pᵀ H)_i x_i."""
+        outer = torch.einsum("cd...,ce...,c...->de...", self.slopes, self.slopes, self.curvature)
+        return along_axes(outer, [m.T for m in self.matrices])
+
+
+def linearise(
+    similarity: Similarity,
+    lattice: Grid,
+    velocity: Tensor,
+    moving: Tensor,
+    fixed: Tensor,
+    grid: Grid,
+    latents: Mapping[str, Tensor] | None = None,
+) -> Linearisation:
+    """The log likelihood of ``fixed`` given ``moving`` carried by exp(v), its gradient and curvature, without automatic differentiation.
+
+    With g the likelihood's derivative in m∘φ,
+
+    .. math:: \\frac{\\partial \\log p}{\\partial v}(y) = \\int_0^1 g(\\varphi_{-s}(y)) \\, |D\\varphi_{-s}(y)| \\, \\nabla(m \\circ \\varphi_{1-s})(y) \\, ds
+
+    of which the midpoint s = ½ is taken: both halves of the flow are at hand, and the error is of second order in how much the flow bends its own
+    path.
+
+    Arguments:
+        lattice: the velocity's grid, with the axes of ``grid``.
+        velocity: ``(d, *lattice.shape)``, mm.
+        moving, fixed: ``(C, *grid.shape)`` on one grid, NaN where nothing is known.
+        latents: of the similarity, from which it is maximised; its own start by default.
+    """
+    matrices = interpolation_matrices(lattice, grid, velocity)
+    half = Velocity(lattice, velocity / 2).exp()
+    back = half.inverse()
+    points = grid.coordinates(moving.dtype, moving.device)
+
+    def carried(image: Tensor, by: Displacement, fill: float) -> Tensor:
+        return sample(image, grid, points + along_axes(by.field, matrices).movedim(0, -1), fill=fill)
+
+    moved = carried(moving, half.after(half), math.nan)
+    latents = similarity.update(moved, fixed, latents or similarity.start(moved, fixed))
+    tempering = similarity.tempering
+    value = tempering * similarity.distribution(moved, latents).log_prob(fixed).sum() + similarity.log_prior(moved, latents).sum()
+    middle = carried(moving, half, math.nan)
+    slopes = physical_gradient(middle.movedim(0, -1), grid).nan_to_num(0.0).movedim((-2, -1), (0, 1))
+    volume = along_axes(back.jacobian_determinant(lattice, velocity.dtype, velocity.device), matrices)
+    both = torch.cat(similarity.newton(moved, fixed, latents))
+    pulled, curvature = (carried(both, back, 0.0) * (tempering * volume)).chunk(2)
+    gradient = along_axes(torch.einsum("cd...,c...->d...", slopes, pulled), [m.T for m in matrices])
+    return Linearisation(float(value), gradient, latents, slopes, curvature.clamp_min(0), matrices)
