@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from probmed.atlases import LabelAtlas
-from probmed.grids import Grid, average_onto, channels_last, sample
+from probmed.grids import Grid, averaged, channels_last, sample
 from probmed.transforms import Affine
 
 # Heads are a little smaller than the MNI152, and none is half as high: log scales and shears are normal, their log density divided by the number
@@ -110,7 +110,7 @@ def align_images(
     parameters = full if parameters is None else parameters
     rigid = d * (d + 1) // 2
     spacing_mm = max(n * h for n, h in zip(grid.shape, grid.spacing, strict=True)) / 60 if spacing_mm is None else spacing_mm
-    (fixed, grid), (moving, moving_grid) = _coarser(fixed, grid, spacing_mm), _coarser(moving, moving_grid, spacing_mm)
+    (fixed, grid), (moving, moving_grid) = averaged(fixed, grid, spacing_mm), averaged(moving, moving_grid, spacing_mm)
     world, values = _random_points(fixed, grid, points, seed)
     label = torch.bucketize(values, _edges(values, bins)[1:-1])
     edges = _edges(moving[~moving.isnan()], bins)
@@ -191,16 +191,6 @@ def _random_points(image: Tensor, grid: Grid, count: int, seed: int) -> tuple[Te
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:count]]
     voxels = torch.stack(torch.unravel_index(index, image.shape), -1).to(torch.float32)
     return grid.voxel_to_world(voxels), image.flatten()[index]
-
-
-def _coarser(image: Tensor, grid: Grid, spacing_mm: float) -> tuple[Tensor, Grid]:
-    """An image averaged over voxels of at least ``spacing_mm``, NaN where most of a voxel is."""
-    target = grid.at_spacing([max(h, spacing_mm) for h in grid.spacing])
-    if target.shape == grid.shape:
-        return image, grid
-    known = average_onto((~image.isnan()).to(torch.float32), grid, target)
-    mean = average_onto(image.nan_to_num(0.0).to(torch.float32), grid, target) / known.clamp_min(1e-6)
-    return mean.masked_fill(known < 0.5, torch.nan), target
 
 
 def _edges(values: Tensor, bins: int) -> Tensor:

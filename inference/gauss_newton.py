@@ -25,9 +25,10 @@ class Quadratic(Protocol):
     """A log likelihood near a field: its value (nats, tempered, with the log prior of whatever else was maximised), its gradient, and its
     Gauss–Newton Hessian as a product, as a root applied to white noise, and bounded by blocks ``(d, d, *shape)``."""
 
-    log_joint: float
-    gradient: Tensor
-
+    @property
+    def log_joint(self) -> float: ...
+    @property
+    def gradient(self) -> Tensor: ...
     @property
     def elements(self) -> tuple[int, ...]: ...
     def precision(self, field: Tensor) -> Tensor: ...

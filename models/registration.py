@@ -121,7 +121,9 @@ def linearise(
 
     With g the likelihood's derivative in m∘φ,
 
-    .. math:: \\frac{\\partial \\log p}{\\partial v}(y) = \\int_0^1 g(\\varphi_{-s}(y)) \\, |D\\varphi_{-s}(y)| \\, \\nabla(m \\circ \\varphi_{1-s})(y) \\, ds
+    .. math::
+        \\frac{\\partial \\log p}{\\partial v}(y) = \\int_0^1 g(\\varphi_{-s}(y)) \\, |D\\varphi_{-s}(y)|
+            \\, \\nabla(m \\circ \\varphi_{1-s})(y) \\, ds
 
     of which the midpoint s = ½ is taken: both halves of the flow are at hand, and the error is of second order in how much the flow bends its own
     path.

@@ -275,6 +275,16 @@ def average_onto(image: Tensor, source: Grid, target: Grid) -> Tensor:
     return out.contiguous()
 
 
+def averaged(image: Tensor, grid: Grid, spacing_mm: float) -> tuple[Tensor, Grid]:
+    """An image ``(*shape)`` averaged over voxels of at least ``spacing_mm``, NaN where most of a voxel is, and its grid."""
+    target = grid.at_spacing([max(h, spacing_mm) for h in grid.spacing])
+    if target.shape == grid.shape:
+        return image, grid
+    known = average_onto((~image.isnan()).to(image.dtype), grid, target)
+    mean = average_onto(image.nan_to_num(0.0), grid, target) / known.clamp_min(1e-6)
+    return mean.masked_fill(known < 0.5, torch.nan), target
+
+
 def _overlaps(n: int, m: int) -> Tensor:
     """``(m, n)`` share of each of m equal intervals of [0, 1] that each of n has."""
     fine, coarse = torch.arange(n + 1, dtype=torch.float64) / n, torch.arange(m + 1, dtype=torch.float64) / m

@@ -59,6 +59,11 @@ class Volume:
         object.__setattr__(self, "affine", affine)
         object.__setattr__(self, "file_shape", file_shape)
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.path or "the scan")
+
     @classmethod
     def from_grid(cls, data: Tensor, grid: Grid) -> Volume:
         """A volume without a file. A two-dimensional grid is the axial plane at height 0."""

@@ -14,6 +14,7 @@ from probmed.grids import Grid, MaskedGrid, resample, sample
 from probmed.inference.affine import align
 from probmed.transforms import Affine
 from probmed.volumes import UnusableInput, Volume
+from probmed.workflows.stages import foreground_unit
 
 _CONSTANT_SHARE = 0.15
 _LARGEST_BRAIN_LITRES = 2.9  # of brain and the fluid around it, in the simulations; whole heads start above three
@@ -57,15 +58,13 @@ def prepare(
     channels, units, offsets = [], [], []
     for volume in volumes:
         data = volume.data.to(device)
-        offset = data.min().clamp_max(0.0)
+        offset, unit = foreground_unit(data)
         data = data - offset
-        seen = data[data > data.min()]
-        unit = seen[seen > seen.mean()].mean()
         if volume is not volumes[0]:
             data = resample(data[None], volume.grid, grid, fill=float("nan"))[0]
             if bool(data.isnan().all()):
                 raise UnusableInput(
-                    _name(volume), f"does not overlap {_name(volumes[0])} in the world", "check that both headers describe the same session"
+                    volume.name, f"does not overlap {volumes[0].name} in the world", "check that both headers describe the same session"
                 )
         channels.append(data / unit)
         units.append(unit)
@@ -99,7 +98,7 @@ def prepare(
     near = (distance_from_brain(atlas, start, coarse_grid) < margin_mm).to(device)
     points = MaskedGrid(coarse_grid, near & ~coarse.isnan().all(0))
     if points.numel < 200:
-        raise UnusableInput(_name(volumes[0]), "shows no brain where the atlas was aligned", "check its orientation and its header")
+        raise UnusableInput(volumes[0].name, "shows no brain where the atlas was aligned", "check its orientation and its header")
     return Prepared(
         image, grid, torch.stack(units), torch.stack(offsets), stripped, atlas, start, points, points.gather(coarse)
     )
@@ -122,7 +121,3 @@ def _without_outside(atlas: LabelAtlas) -> LabelAtlas:
     merged = atlas.merged({name: [name, *(outside if name == "CSF" else [])] for name in atlas.brain})
     # The fluid keeps its own number, though the outside's, 0, is smaller.
     return replace(merged, indices=tuple(atlas.indices[atlas.names.index(name)] for name in merged.names))
-
-
-def _name(volume: Volume) -> str:
-    return str(volume.path or "the scan")

@@ -7,7 +7,6 @@ the scan's own grid → joint draws of everything for the volumes' intervals.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +29,7 @@ from probmed.priors import AffinePrior, DeformableAtlas, MarkovField, SmoothVelo
 from probmed.transforms import Transform
 from probmed.volumes import Volume, read_scan
 from probmed.workflows.preparation import Prepared, prepare
+from probmed.workflows.stages import Clock, pick_device
 
 EQUATION = "p(I, S, φ, c, θ) = p(φ) p(c) p(θ) ∏ₓ p(βₓ(c) Iₓ | Sₓ, θ) βₓ(c) · p(S | φ),   p(Sₓ = k | φ) ∝ w_k T_k(φ(x))"
 LEVELS = (0.025, 0.1, 0.25, 0.75, 0.9, 0.975)
@@ -146,9 +146,9 @@ def segment(
     """
     settings = settings or Settings()
     tell = progress or (lambda stage, share: None)
-    clock = _Clock()
+    clock = Clock()
     torch.manual_seed(seed)
-    where = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+    where = pick_device(device)
     channels = [scan if isinstance(scan, Volume) else read_scan(scan) for scan in scans]
     if not channels:
         raise ValueError("expected at least one scan")
@@ -513,14 +513,3 @@ def quality(
     if not converged:
         remarks.append("the fit stopped at its last round, still gaining")
     return {"log_evidence_per_voxel": posterior.log_evidence, "residual": residual, "score": score, "remarks": remarks}
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self.last
-        self.last = now

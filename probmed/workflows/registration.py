@@ -1,0 +1,293 @@
+"""From two images to a warp and its uncertainty: what `probmed register` does, as one function.
+
+Scale both → align by an affine map → the velocity's mode from coarse to fine → draws from its Laplace posterior → everything on the fixed image's
+own grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probmed.fields import along_axes
+from probmed.grids import Grid, averaged, interpolation_matrices
+from probmed.inference.affine import align_images
+from probmed.inference.gauss_newton import FieldMode, Iteration, ascend_field, field_draws
+from probmed.models.registration import Linearisation, linearise
+from probmed.priors import SmoothVelocity
+from probmed.similarities import ConditionalMixture, GaussianNoise, LocalCorrelation, Similarity, StudentNoise
+from probmed.transforms import Affine, Displacement, Transform, Velocity, warp
+from probmed.volumes import UnusableInput, Volume, read_scan
+from probmed.workflows.stages import Clock, foreground_unit, pick_device
+
+EQUATION = "p(f, v, θ) = p(v) p(θ) p(f | m ∘ A ∘ exp(v), θ)"
+SIMILARITIES = ("correlation", "gaussian", "student", "mixture")
+
+
+@dataclass(frozen=True)
+class RegistrationSettings:
+    """How a pair is registered.
+
+    Arguments:
+        similarity: "correlation" (local, for one contrast), "gaussian", "student", or "mixture" (for different contrasts).
+        affine: parameters of the affine map, 12, 7 or 6 in 3D, 6, 4 or 3 in 2D; None for all; 0 for none, headers are trusted.
+        deformable: whether there is a velocity.
+        levels: spacings of the pyramid, in voxels of the finest.
+        finest_mm: spacing of the finest level; None for the fixed image's smallest, or what leaves at most ``_LARGEST`` voxels.
+        sd_mm, length_mm, alpha: of the velocity's prior; by default a fifteenth and a third of the field of view's shortest side.
+        radius: of the correlation's windows, voxels of each level. noise: τ of the correlation's windows.
+        tempering: factor on the likelihood; None is the similarity's own.
+        iterations: on each level. tolerance: nats per voxel.
+    """
+
+    similarity: str = "correlation"
+    affine: int | None = None
+    deformable: bool = True
+    levels: tuple[int, ...] = (8, 4, 2, 1)
+    finest_mm: float | None = None
+    sd_mm: float | None = None
+    length_mm: float | None = None
+    alpha: float = 2.0
+    radius: int = 3
+    noise: float = 0.03
+    tempering: float | None = None
+    iterations: tuple[int, ...] = (30, 20, 15, 10)
+    tolerance: float = 1e-5
+
+
+_LARGEST = 2_000_000  # voxels of the finest level
+_SMALLEST_SIDE = 8  # voxels of the coarsest
+
+
+@dataclass
+class RegistrationResult:
+    """Everything that is known of a registered pair; tensors on the fixed image's grid.
+
+    Arguments:
+        transform, inverse: fixed world to moving world and back, mm. affine: its affine part. velocity: in the fixed world.
+        moved: m∘φ, ``(*shape)``, in the moving image's unit, NaN outside its field of view.
+        determinant: det Dφ, ``(*shape)``. folding: share of voxels where it is not positive.
+        sd: posterior standard deviation of the displacement, ``(d, *shape)`` mm; None without draws.
+        draws: transforms from the posterior.
+        correlation: of the two images where they overlap: by their headers, after the affine map, after all.
+        levels: spacing and iterations of each; converged: of the finest.
+    """
+
+    fixed: Volume
+    moving: Volume
+    transform: Transform
+    inverse: Transform
+    affine: Affine
+    velocity: Velocity | None
+    moved: Tensor
+    determinant: Tensor
+    folding: float
+    sd: Tensor | None
+    draws: list[Transform]
+    correlation: tuple[float, float, float]
+    levels: list[tuple[float, list[Iteration]]]
+    converged: bool
+    settings: RegistrationSettings
+    seconds: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+    equation: str = EQUATION
+
+
+def register(
+    moving: Path | str | Volume,
+    fixed: Path | str | Volume,
+    *,
+    draws: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+    settings: RegistrationSettings | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> RegistrationResult:
+    """Bring a moving image onto a fixed one.
+
+    Arguments:
+        moving, fixed: paths or volumes, both 2D or both 3D.
+        draws: from the posterior of the velocity.
+        seed: same seed, same result on the same machine.
+        device: "auto", "cpu" or "cuda".
+        progress: called with a stage's name and the share of the work done, in [0, 1].
+
+    Raises:
+        UnusableInput: for images that cannot be read, of different dimensions, or that do not overlap.
+    """
+    settings = settings or RegistrationSettings()
+    tell = progress or (lambda stage, share: None)
+    clock = Clock()
+    torch.manual_seed(seed)
+    where = pick_device(device)
+    m, f = (image if isinstance(image, Volume) else read_scan(image) for image in (moving, fixed))
+    if m.grid.ndim != f.grid.ndim:
+        raise UnusableInput(m.name, f"has {m.grid.ndim} axes and {f.name} {f.grid.ndim}", "register images of one dimension")
+    clock.lap("read")
+
+    tell("affine", 0.02)
+    a, b = (scaled(volume.data.to(where)) for volume in (m, f))
+    affine = Affine.identity(f.grid.ndim) if settings.affine == 0 else Affine(
+        align_images(b.cpu(), f.grid, a.cpu(), m.grid, settings.affine, seed=seed).matrix
+    )
+    clock.lap("affine")
+
+    pair = Pair(b, f.grid, a, m.grid, affine)
+    velocity, mode = None, None
+    levels: list[tuple[float, list[Iteration]]] = []
+    if settings.deformable:
+        for level in climb(pair, settings, lambda share: tell("velocity", 0.1 + 0.6 * share)):
+            levels.append((level.spacing_mm, level.mode.iterations))
+            velocity, mode = Velocity(level.lattice, level.mode.field), level
+    clock.lap("velocity")
+
+    tell("posterior", 0.7)
+    transform: Transform = affine if velocity is None else affine @ velocity.exp()
+    samples = [] if mode is None or not draws else mode.draws(draws, seed)
+    spread = displacement_sd(samples, f.grid) if len(samples) > 1 else None
+    clock.lap("posterior")
+
+    tell("results", 0.9)
+    moved = warp(m.data.to(where)[None], m.grid, transform, f.grid, fill=math.nan)[0]
+    determinant = transform.jacobian_determinant(f.grid, device=where)
+    stages = (Affine.identity(f.grid.ndim), affine, transform)
+    result = RegistrationResult(
+        fixed=f,
+        moving=m,
+        transform=transform,
+        inverse=transform.inverse(),
+        affine=affine,
+        velocity=velocity,
+        moved=moved.cpu(),
+        determinant=determinant.cpu(),
+        folding=float((determinant <= 0).float().mean()),
+        sd=None if spread is None else spread.cpu(),
+        draws=[affine @ sample for sample in samples],
+        correlation=tuple(correlation(warp(a[None], m.grid, t, f.grid, fill=math.nan)[0], b) for t in stages),  # type: ignore[arg-type]
+        levels=levels,
+        converged=mode is None or mode.mode.converged,
+        settings=settings,
+        seed=seed,
+    )
+    clock.lap("results")
+    result.seconds = clock.seconds
+    tell("done", 1.0)
+    return result
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two scaled images, ``(*shape)`` each, with their grids, and the affine map from the fixed world to the moving one."""
+
+    fixed: Tensor
+    grid: Grid
+    moving: Tensor
+    moving_grid: Grid
+    affine: Affine
+
+    def at(self, spacing_mm: float) -> tuple[Tensor, Tensor, Grid]:
+        """Both ``(1, *shape)`` on the fixed image's grid at a spacing, averaged to it before; NaN where nothing is known."""
+        fixed, grid = averaged(self.fixed, self.grid, spacing_mm)
+        moving, moving_grid = averaged(self.moving, self.moving_grid, spacing_mm)
+        return fixed[None], warp(moving[None], moving_grid, self.affine, grid, fill=math.nan), grid
+
+
+@dataclass(frozen=True)
+class Level:
+    """The mode on one level of the pyramid; lattice: of the velocity."""
+
+    spacing_mm: float
+    grid: Grid
+    lattice: Grid
+    prior: SmoothVelocity
+    mode: FieldMode
+
+    def draws(self, count: int, seed: int) -> list[Displacement]:
+        """exp(v) for draws of v from the Laplace posterior, each with its inverse."""
+        field = self.mode.field
+        generator = torch.Generator(field.device).manual_seed(seed + 1)
+        departures = field_draws(self.mode.near, self.prior.prior(), count, generator)
+        return [Velocity(self.lattice, field + departure).exp() for departure in departures]
+
+
+def climb(pair: Pair, settings: RegistrationSettings, tell: Callable[[float], None] = lambda share: None) -> Iterator[Level]:
+    """The velocity's mode on each level, from coarse to fine; each starts where the one before ended."""
+    d, extent = pair.grid.ndim, [n * h for n, h in zip(pair.grid.shape, pair.grid.spacing, strict=True)]
+    base = settings.finest_mm or max(min(pair.grid.spacing), (math.prod(extent) / _LARGEST) ** (1 / d))
+    levels = [k for k in settings.levels if min(extent) / (k * base) >= _SMALLEST_SIDE] or [settings.levels[-1]]
+    sd = settings.sd_mm or min(extent) / 15
+    length = settings.length_mm or min(extent) / 3
+    field: Tensor | None = None
+    lattice = pair.grid
+    for number, k in enumerate(levels):
+        fixed, moving, grid = pair.at(k * base)
+        # The finest image moves a velocity of twice its spacing: smoothness leaves nothing between its nodes, and the flow costs an eighth.
+        finer = lattice if field is not None and k == levels[-1] and number else grid
+        prior = SmoothVelocity(finer, sd, length, settings.alpha).to(fixed)
+        start = fixed.new_zeros(d, *finer.shape) if field is None else along_axes(field, interpolation_matrices(lattice, finer, field))
+        lattice = finer
+        similarity = build_similarity(settings, fixed, moving, d)
+        near = partial(_near, similarity, {}, lattice, moving, fixed, grid)
+        count = settings.iterations[settings.levels.index(k)]
+        mode = ascend_field(near, prior.prior(), start, count, settings.tolerance)
+        field = mode.field
+        tell((number + 1) / len(levels))
+        yield Level(k * base, grid, lattice, prior, mode)
+
+
+def _near(
+    similarity: Similarity, latents: dict[str, Tensor], lattice: Grid, moving: Tensor, fixed: Tensor, grid: Grid, velocity: Tensor
+) -> Linearisation:
+    """``linearise``, from the latents that the last call found."""
+    found = linearise(similarity, lattice, velocity, moving, fixed, grid, latents)
+    latents.update(found.latents)
+    return found
+
+
+def build_similarity(settings: RegistrationSettings, fixed: Tensor, moving: Tensor, ndim: int) -> Similarity:
+    """The likelihood by its name.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    options: dict[str, Any] = {} if settings.tempering is None else {"tempering": settings.tempering}
+    if settings.similarity == "correlation":
+        return LocalCorrelation(settings.radius, noise=settings.noise, ndim=ndim, **options)
+    if settings.similarity == "mixture":
+        return ConditionalMixture.for_image(moving, **options)
+    kinds = {"gaussian": GaussianNoise, "student": StudentNoise}
+    if settings.similarity not in kinds:
+        raise ValueError(f"expected a similarity of {SIMILARITIES}, got {settings.similarity!r}")
+    return kinds[settings.similarity](**options)
+
+
+def scaled(data: Tensor) -> Tensor:
+    """An image with a foreground of mean one."""
+    offset, unit = foreground_unit(data)
+    return (data - offset) / unit
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Of the values where both are known; NaN where there are none."""
+    both = ~(a.isnan() | b.isnan())
+    if int(both.sum()) < 2:
+        return math.nan
+    return float(torch.corrcoef(torch.stack([a[both], b[both]]))[0, 1])
+
+
+def displacement_sd(draws: Sequence[Transform], grid: Grid) -> Tensor:
+    """Standard deviation over draws of each component of the displacement, ``(d, *shape)`` mm."""
+    points = grid.coordinates()
+    mean, squares = torch.zeros_like(points), torch.zeros_like(points)
+    for number, draw in enumerate(draws, 1):
+        change = draw(points) - points - mean
+        mean = mean + change / number
+        squares = squares + change * (draw(points) - points - mean)
+    return (squares / (len(draws) - 1)).sqrt().movedim(-1, 0)
