@@ -25,6 +25,7 @@ from benchmarks.tables import Log, Row, Table
 from probmed.atlases import LabelAtlas, default_atlas
 from probmed.metrics import interval_coverage, interval_score
 from probmed.simulation import simulate_subject
+from probmed.simulation.contrasts import CONTRASTS
 from probmed.workflows.segmentation import Settings, segment
 
 WORKERS = 4
@@ -49,12 +50,18 @@ class Condition:
     settings: Settings | None = None
 
 
-FIT = Settings(spacing_mm=6.0, rounds=40, tolerance=1e-5, tie=False, markov=0.0, weight_certainty=100.0)
-"""The model that the first simulation draws from: tissues with noise of their own, voxels independent; fitted on every third voxel to its optimum."""
-COMMAND = Settings(spacing_mm=6.0, rounds=40, tolerance=1e-5, weight_certainty=100.0)
-"""The model of `probmed segment`, but for the certainty of the atlas's proportions, which the table was measured before."""
+FIT = Settings(
+    spacing_mm=6.0, rounds=40, tolerance=1e-5, tie=False, markov=0.0, weight_certainty=100.0,
+    velocity_mm=6.0, velocity_sd_mm=3.0, gaussians={"bone": 2, "soft": 3, "air": 1},
+)  # fmt: skip
+"""The model that the first simulation draws from: tissues with noise of their own and as many Gaussians as they have, voxels independent, the same
+velocity; fitted on every third voxel to its optimum."""
+COMMAND = Settings(spacing_mm=6.0, rounds=40, tolerance=1e-5)
+"""The model of `probmed segment`."""
 
-_MATCHED: dict[str, Any] = {"labels": "independent", "alpha": 2.0, "noise_sd": 0.06}
+# Raised by more than the noise reaches: from a scan with negative values the least is subtracted first, after which bias no longer multiplies.
+RAISED = {name: tuple((share, mean + 0.3, sd) for share, mean, sd in mixture) for name, mixture in CONTRASTS["T1"].items()}
+_MATCHED: dict[str, Any] = {"labels": "independent", "alpha": 2.0, "noise_sd": 0.06, "contrast": RAISED}
 CONDITIONS = {
     "as modelled": Condition(100, _MATCHED, settings=FIT),
     "smooth labels, the command's model": Condition(10, {"noise_sd": 0.06}, settings=COMMAND),

@@ -91,7 +91,7 @@ def align_images(
     moving_grid: Grid,
     parameters: int | None = None,
     bins: int = 32,
-    points: int = 30_000,
+    points: int = 20_000,
     spacing_mm: float | None = None,
     seed: int = 0,
 ) -> Alignment:

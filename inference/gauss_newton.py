@@ -80,10 +80,12 @@ def ascend_field(
         raise FloatingPointError(f"the log joint is {value} at the start")
     history: list[Iteration] = []
     enough = tolerance * math.prod(near.elements)
+    length = 1.0
     for number in range(1, iterations + 1):
         direction = newton_direction(near, prior, field)
-        step, gain = 1.0, -math.inf
-        while step > 0.05:
+        # What was too far a moment ago is likely to be so again.
+        step, gain = min(1.0, 2 * length), -math.inf
+        while step > 0.02:
             moved = field + step * direction
             candidate = linearise(moved)
             gain = candidate.log_joint + float(prior.log_prob(moved)) - value
@@ -92,7 +94,7 @@ def ascend_field(
             step /= 2
         if not gain >= 0:
             return FieldMode(field, near, history, True)
-        field, near, value = moved, candidate, value + gain
+        field, near, value, length = moved, candidate, value + gain, step
         history.append(Iteration(number, value, gain, step))
         if callback is not None:
             callback(history[-1])

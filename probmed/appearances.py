@@ -197,11 +197,15 @@ class GaussianMixture(PyroModule):
         self.register_buffer("shares", torch.cat([inside, border_share / kinds[self.owner[len(pure) :]]]))
 
     @classmethod
-    def for_labels(cls, names: Sequence[str], channels: int = 1, tie: bool = True, **options: float) -> GaussianMixture:
-        """The usual number of Gaussians for the labels of an atlas, by name; if ``tie``, those of the brain with one covariance and with borders."""
+    def for_labels(
+        cls, names: Sequence[str], channels: int = 1, tie: bool = True, gaussians: Mapping[str, int] | None = None, **options: float
+    ) -> GaussianMixture:
+        """The usual number of Gaussians for the labels of an atlas, by name, or another where ``gaussians`` has one; if ``tie``, those of the brain
+        with one covariance and with borders."""
         tied = [k for k, name in enumerate(names) if tie and name in TIED]
         borders = [(names.index(a), names.index(b)) for a, b in BORDERS if tie and a in names and b in names]
-        return cls([GAUSSIANS.get(name, 1) for name in names], channels, tied=tied, borders=borders, **options)
+        counts = {**GAUSSIANS, **(gaussians or {})}
+        return cls([counts.get(name, 1) for name in names], channels, tied=tied, borders=borders, **options)
 
     @property
     def covariance_count(self) -> int:
@@ -256,15 +260,17 @@ class GaussianMixture(PyroModule):
         out = weights.new_zeros(*weights.shape[:-1], len(self.counts))
         return out.index_add(-1, self.owner, weights)
 
-    def start(self, log_prior: Tensor, image: Tensor, spread: float = 1.0) -> dict[str, Tensor]:
-        """Starting values from the atlas alone: each label's mean and variance under its prior, its Gaussians spread over ±``spread`` sd.
+    def start(self, log_prior: Tensor, image: Tensor, spread: float = 0.5) -> dict[str, Tensor]:
+        """Starting values from the atlas alone: each label's mean and variance where it is likely, its Gaussians spread over ±``spread`` sd.
 
         Arguments:
             log_prior: ``(K, *shape)``; image: ``(C, *shape)``.
         """
         values = image.flatten(1)
         seen = ~values.isnan()
-        probability = log_prior.flatten(1).exp()
+        # Fourth powers: at borders, where the atlas is not yet aligned, a label's voxels show its neighbour. A Gaussian that starts on these keeps
+        # them: one of soft tissue's would hold the air around the head, at a mode some 80 nats below the best one.
+        probability = (4 * log_prior.flatten(1)).softmax(0)
         filled = values.nan_to_num(0.0)
         mass = (probability @ seen.to(probability).T).clamp_min(1e-6)  # (K, C)
         mean = (probability @ filled.T) / mass

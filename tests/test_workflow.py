@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from scipy.ndimage import distance_transform_edt
 
 from probmed.atlases import LabelAtlas, default_atlas
 from probmed.grids import Grid
@@ -51,6 +52,14 @@ def test_volumes_come_with_ordered_intervals_near_the_truth(result: Segmentation
     for tissue in ("GM", "WM"):
         assert table.loc[tissue, "volume_ml"] == pytest.approx(head.volumes_ml[tissue], rel=0.05)
     assert result.volume_draws.shape == (8, 6)
+
+
+def test_far_from_the_brain_the_prior_says_that_there_is_none(result: SegmentationResult, head: SimulatedSubject) -> None:
+    """Where nothing was fitted the bias field is extrapolated; intensities must not make fluid of bone and air there."""
+    brain = (head.labels.data >= 1) & (head.labels.data <= 3)
+    outside = torch.as_tensor(distance_transform_edt(~brain, sampling=head.grid.spacing)) > 30
+    assert outside.float().mean() > 0.2
+    assert result.probabilities[:3, outside].max() < 0.02
 
 
 def test_the_transform_and_its_inverse_meet(result: SegmentationResult) -> None:

@@ -7,7 +7,7 @@ the scan's own grid → joint draws of everything for the volumes' intervals.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import BACKGROUNDS, LabelAtlas, default_atlas
 from probmed.distributions import LabelMixture
-from probmed.grids import Grid, MaskedGrid
+from probmed.grids import Grid, MaskedGrid, sample
 from probmed.inference.em import Mode, Round, em
 from probmed.inference.laplace import laplace_draws
 from probmed.models.segmentation import Segmentation
@@ -49,6 +49,7 @@ class Settings:
         rounds, steps, tolerance: of ``em``.
         tempering: factor on the likelihood; None estimates it from the residuals' correlation.
         tie: one covariance for the tissues of the brain, where there is one channel.
+        gaussians: label → number of Gaussians, where not that of ``probmed.appearances.GAUSSIANS``.
         weight_certainty: voxels that the atlas's proportions are worth. With so many the atlas deforms to change a tissue's share; left free, the
             share itself absorbs voxels that are half one tissue and half another.
     """
@@ -65,6 +66,7 @@ class Settings:
     tolerance: float = 1e-4
     tempering: float | None = None
     tie: bool = True
+    gaussians: Mapping[str, int] | None = None
     weight_certainty: float = 1e5
 
 
@@ -170,7 +172,7 @@ def segment(
 
     tell("draws", 0.7)
     samples = draw_latents(model, mode.state, prepared, draws, seed) if draws else {}
-    volume_draws = draw_volumes(model, mode.state, samples, prepared, posterior, seed) if draws else posterior.volumes_ml[None]
+    volume_draws = draw_volumes(model, samples, prepared, posterior, seed) if draws else posterior.volumes_ml[None]
     clock.lap("draws")
     tell("done", 1.0)
     result = _result(model, mode, prepared, posterior, samples, volume_draws, channels, settings, clock.seconds, seed)
@@ -193,7 +195,9 @@ def build(prepared: Prepared, settings: Settings) -> Segmentation:
     markov = MarkovField(labels, settings.markov * min(min(prepared.grid.spacing), 1.5) ** 2) if settings.markov else labels
     channels = len(prepared.image)
     # Several channels tell tissues from mixtures of them; one noise for all would only blur their different covariances.
-    appearance = GaussianMixture.for_labels(atlas.names, channels, tie=settings.tie and channels == 1, weight_certainty=settings.weight_certainty)
+    appearance = GaussianMixture.for_labels(
+        atlas.names, channels, settings.tie and channels == 1, settings.gaussians, weight_certainty=settings.weight_certainty
+    )
     # The cosines run over what is fitted; beyond, they go on as their own mirror image.
     where = prepared.points.mask.nonzero()
     domain = prepared.points.lattice.cropped(where.amin(0).tolist(), (where.amax(0) + 1).tolist())
@@ -292,6 +296,7 @@ def full_posterior(model: Segmentation, state: dict[str, Tensor], prepared: Prep
             p = torch.where(here, p, torch.nn.functional.one_hot(torch.tensor(outside, device=p.device), len(names)).to(p)[:, None, None, None])
         else:
             p = p * here
+        p = _as_fitted(p, mixture, prepared, part)
         keep = slice(begin - low, end - low)
         target = (slice(begin, end), *box[1:])
         probabilities[(slice(None), *target)] = p[:, keep]
@@ -305,6 +310,20 @@ def full_posterior(model: Segmentation, state: dict[str, Tensor], prepared: Prep
     return FullPosterior(
         probabilities, log_bias, sums * scale, covariance * scale**2, totals.tempering(), totals.log_evidence(), totals.residual()
     )
+
+
+def _as_fitted(p: Tensor, mixture: LabelMixture, prepared: Prepared, part: Grid) -> Tensor:
+    """``p`` with the prior's share of the brain beyond what was fitted. The bias field is only extrapolated there, and a large head has litres of
+    it: some per cent of error in the intensities made tens of millilitres of bone and air into fluid, of which no draw knew."""
+    if prepared.stripped:
+        return p
+    brain = torch.tensor([name in prepared.atlas.brain for name in prepared.atlas.names], device=p.device)
+    points = part.coordinates(p.dtype, p.device)
+    fitted = sample(prepared.points.mask.to(p)[None], prepared.points.lattice, points, fill="edge")[0] > 0.5
+    prior = mixture.log_prior.exp()
+    rest = p * ~brain[:, None, None, None]
+    rest = rest * ((1 - prior[brain].sum(0)) / rest.sum(0).clamp_min(1e-12))
+    return torch.where(fitted, p, torch.where(brain[:, None, None, None], prior, rest))
 
 
 class _Totals:
@@ -359,10 +378,11 @@ def draw_latents(model: Segmentation, state: dict[str, Tensor], prepared: Prepar
 
 @torch.no_grad()
 def draw_volumes(
-    model: Segmentation, state: dict[str, Tensor], samples: dict[str, Tensor], prepared: Prepared, posterior: FullPosterior, seed: int
+    model: Segmentation, samples: dict[str, Tensor], prepared: Prepared, posterior: FullPosterior, seed: int
 ) -> Tensor:
-    """Volumes of the labels in ml, ``(draws, K)``: draws of the latents move the volumes on the subsample, which stands for the whole scan as a
-    control variate; labels are then drawn given them, their count being normal by its size."""
+    """Volumes of the labels in ml, ``(draws, K)``: the mode's on the scan's own grid, moved as draws of the latents move those on the subsample;
+    labels are then drawn given them, their count being normal by its size. Draws are centred on the mode: their mean differs from it by terms of
+    second order, which a Laplace posterior has not got right either."""
     points, values = prepared.points, prepared.values
     factor = points.voxel_volume / 1000
 
@@ -370,10 +390,10 @@ def draw_volumes(
         return model.mixture(latents, points).posterior(values).double().sum(-1) * factor
 
     count = len(samples["means"])
-    centre = volumes(state)
-    moved = torch.stack([volumes({name: sample[i] for name, sample in samples.items()}) for i in range(count)]) - centre
+    moved = torch.stack([volumes({name: sample[i] for name, sample in samples.items()}) for i in range(count)])
+    moved = moved - moved.mean(0)
     generator = torch.Generator(values.device).manual_seed(seed + 2)
-    white = torch.randn(count, len(centre), generator=generator, dtype=torch.float64, device=values.device)
+    white = torch.randn(count, moved.shape[1], generator=generator, dtype=torch.float64, device=values.device)
     spectrum, axes = torch.linalg.eigh(posterior.covariance / posterior.tempering)
     noise = white * spectrum.clamp_min(0).sqrt() @ axes.T
     return (posterior.volumes_ml + moved + noise).clamp_min(0)
