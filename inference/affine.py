@@ -137,13 +137,20 @@ def align_images(
             turns.append(turn)
     by_mass = _translation(middle - centre)
     starts = [torch.eye(d + 1), *(Affine.exp(turn, d, middle).matrix.float() @ by_mass for turn in turns)]
-    return _climb(information, starts, middle, float(reach), (min(parameters, rigid + 1), parameters))
+    return _climb(information, starts, middle, float(reach), (min(parameters, rigid + 1), parameters), tries=3, finals=1)
 
 
 def _climb(
-    information: Callable[[Tensor, Tensor, slice], Tensor], starts: Sequence[Tensor], middle: Tensor, reach_mm: float, counts: tuple[int, int]
+    information: Callable[[Tensor, Tensor, slice], Tensor],
+    starts: Sequence[Tensor],
+    middle: Tensor,
+    reach_mm: float,
+    counts: tuple[int, int],
+    tries: int = 5,
+    finals: int = 2,
 ) -> Alignment:
-    """Every start with few points and ``counts[0]`` parameters, the two best with all points and ``counts[1]``; the best is kept."""
+    """The ``tries`` best starts climb with few points and ``counts[0]`` parameters, the ``finals`` best of these with all points and
+    ``counts[1]``; the best is kept."""
     d = len(middle)
     rigid, full = d * (d + 1) // 2, d * (d + 1)
     # A unit of any parameter moves the image by about a millimetre.
@@ -173,10 +180,15 @@ def _climb(
         with torch.no_grad():
             return free.detach(), float(information(matrix(free, start), expand(free) * scale, chosen))
 
-    candidates = [(start, *climb(start, torch.zeros(counts[0]), 12, slice(_FEW))) for start in starts]
+    few = slice(_FEW)
+    if len(starts) > tries:
+        with torch.no_grad():
+            known = [float(information(start, torch.zeros(full), few)) for start in starts]
+        starts = [starts[i] for i in sorted(range(len(starts)), key=lambda i: -known[i])[:tries]]
+    candidates = [(start, *climb(start, torch.zeros(counts[0]), 12, few)) for start in starts]
     candidates.sort(key=lambda c: -c[2] if math.isfinite(c[2]) else math.inf)
     best: tuple[Tensor, float] | None = None
-    for start, parameters, _ in candidates[:2]:
+    for start, parameters, _ in candidates[:finals]:
         parameters, reached = climb(start, parameters if counts[1] == counts[0] else expand(parameters), 40, slice(None))
         if best is None or reached > best[1]:
             best = matrix(parameters, start), reached

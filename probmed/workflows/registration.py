@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from probmed.fields import along_axes
-from probmed.grids import Grid, averaged, interpolation_matrices
+from probmed.grids import Grid, averaged, interpolation_matrices, sample
 from probmed.inference.affine import align_images
 from probmed.inference.gauss_newton import FieldMode, Iteration, ascend_field, field_draws
 from probmed.models.registration import Linearisation, linearise
 from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LocalCorrelation, Similarity, StudentNoise
-from probmed.transforms import Affine, Displacement, Transform, Velocity, warp
+from probmed.transforms import Affine, Displacement, Transform, Velocity, determinant, physical_gradient, warp
 from probmed.volumes import UnusableInput, Volume, read_scan
 from probmed.workflows.stages import Clock, foreground_unit, pick_device
 
@@ -55,10 +55,10 @@ class RegistrationSettings:
     sd_mm: float | None = None
     length_mm: float | None = None
     alpha: float = 2.0
-    radius: int = 3
-    noise: float = 0.03
+    radius: int = 2
+    noise: float = 0.06
     tempering: float | None = None
-    iterations: tuple[int, ...] = (30, 20, 15, 10)
+    iterations: tuple[int, ...] = (30, 20, 10, 6)
     tolerance: float = 1e-5
 
 
@@ -155,8 +155,8 @@ def register(
     clock.lap("posterior")
 
     tell("results", 0.9)
-    moved = warp(m.data.to(where)[None], m.grid, transform, f.grid, fill=math.nan)[0]
-    determinant = transform.jacobian_determinant(f.grid, device=where)
+    moved, jacobian = carry(m.data.to(where), m.grid, f.grid, affine, velocity)
+    coarse, coarse_grid = averaged(b, f.grid, max(f.grid.spacing) if mode is None else mode.spacing_mm)
     stages = (Affine.identity(f.grid.ndim), affine, transform)
     result = RegistrationResult(
         fixed=f,
@@ -166,11 +166,11 @@ def register(
         affine=affine,
         velocity=velocity,
         moved=moved.cpu(),
-        determinant=determinant.cpu(),
-        folding=float((determinant <= 0).float().mean()),
+        determinant=jacobian.cpu(),
+        folding=float((jacobian <= 0).float().mean()),
         sd=None if spread is None else spread.cpu(),
         draws=[affine @ sample for sample in samples],
-        correlation=tuple(correlation(warp(a[None], m.grid, t, f.grid, fill=math.nan)[0], b) for t in stages),  # type: ignore[arg-type]
+        correlation=tuple(correlation(warp(a[None], m.grid, t, coarse_grid, fill=math.nan)[0], coarse) for t in stages),  # type: ignore[arg-type]
         levels=levels,
         converged=mode is None or mode.mode.converged,
         settings=settings,
@@ -266,6 +266,22 @@ def build_similarity(settings: RegistrationSettings, fixed: Tensor, moving: Tens
     if settings.similarity not in kinds:
         raise ValueError(f"expected a similarity of {SIMILARITIES}, got {settings.similarity!r}")
     return kinds[settings.similarity](**options)
+
+
+def carry(image: Tensor, source: Grid, grid: Grid, affine: Affine, velocity: Velocity | None) -> tuple[Tensor, Tensor]:
+    """An image ``(*shape)`` carried to a grid by A ∘ exp(v), NaN outside its field of view, and det Dφ, both ``(*grid.shape)``.
+
+    The displacement is interpolated axis by axis, which is several times faster than at points.
+    """
+    points = grid.coordinates(image.dtype, image.device)
+    if velocity is not None:
+        field = velocity.exp(both=False).field
+        points = points + along_axes(field, interpolation_matrices(velocity.grid, grid, field)).movedim(0, -1)
+    stretch = float(torch.linalg.det(affine.matrix[: grid.ndim, : grid.ndim]))
+    moved = sample(image[None], source, affine(points), fill=math.nan)[0]
+    if velocity is None:
+        return moved, torch.full_like(moved, stretch)
+    return moved, stretch * determinant(physical_gradient(points, grid))
 
 
 def scaled(data: Tensor) -> Tensor:
