@@ -84,7 +84,7 @@ def ascend_field(
     for number in range(1, iterations + 1):
         direction = newton_direction(near, prior, field)
         # What was too far a moment ago is likely to be so again.
-        step, gain = min(1.0, 2 * length), -math.inf
+        step, gain = length, -math.inf
         while step > 0.02:
             moved = field + step * direction
             candidate = linearise(moved)
@@ -94,7 +94,8 @@ def ascend_field(
             step /= 2
         if not gain >= 0:
             return FieldMode(field, near, history, True)
-        field, near, value, length = moved, candidate, value + gain, step
+        field, near, value = moved, candidate, value + gain
+        length = min(1.0, 1.5 * step) if step == length else step
         history.append(Iteration(number, value, gain, step))
         if callback is not None:
             callback(history[-1])
@@ -103,7 +104,7 @@ def ascend_field(
     return FieldMode(field, near, history, False)
 
 
-def newton_direction(near: Quadratic, prior: GaussianField, field: Tensor, tolerance: float = 0.05, iterations: int = 20) -> Tensor:
+def newton_direction(near: Quadratic, prior: GaussianField, field: Tensor, tolerance: float = 0.05, iterations: int = 8) -> Tensor:
     """(B + Λ)⁻¹ (g − Λ (v − mean)), B the block-diagonal bound of the Hessian."""
     blocks = near.blocks()
     right = (near.gradient - prior.precision_matvec(field - prior.loc))[None]

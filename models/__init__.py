@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from pyro.nn import PyroModule
 
+from probmed.models.registration import Registration
 from probmed.models.segmentation import Segmentation
 
-__all__ = ["Segmentation"]  # the models; ZOO, Entry and entry describe them
+__all__ = ["Registration", "Segmentation"]  # the models; ZOO, Entry and entry describe them
 
-ZOO: dict[str, type[PyroModule]] = {"segmentation": Segmentation}
+ZOO: dict[str, type[PyroModule]] = {"segmentation": Segmentation, "registration": Registration}
 """Name on the command line → model."""
 
 

@@ -328,7 +328,7 @@ def sample(image: Tensor, grid: Grid, points: Tensor, mode: str = "linear", fill
     batched = image.ndim == d + 2
     stack = image if batched else image[None]
     batch = stack.shape[0]
-    per_image = batched and points.ndim > 2 and points.shape[0] == batch and batch > 1
+    per_image = batched and points.ndim > 2 and points.shape[0] == batch
     size = tuple(points.shape[1:-1] if per_image else points.shape[:-1])
 
     if not points.is_floating_point():

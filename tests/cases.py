@@ -16,8 +16,27 @@ from torch import Tensor
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import LabelAtlas
 from probmed.grids import Grid
+from probmed.models.registration import Registration
 from probmed.models.segmentation import Segmentation
-from probmed.priors import AffinePrior, DeformableAtlas, FixedAtlas, LabelPrior, MarkovField, SmoothVelocity
+from probmed.priors import (
+    AffinePrior,
+    AffineVelocity,
+    DeformableAtlas,
+    DeformationPrior,
+    FixedAtlas,
+    LabelPrior,
+    MarkovField,
+    SmoothVelocity,
+)
+from probmed.similarities import (
+    ConditionalMixture,
+    GaussianNoise,
+    LabelAgreement,
+    Landmarks,
+    LocalCorrelation,
+    Similarity,
+    StudentNoise,
+)
 from probmed.transforms import Affine
 
 NAMES = ("GM", "WM", "air")
@@ -51,9 +70,9 @@ def velocity_grid(d: int = 3) -> Grid:
     return Grid.from_spacing((4, 4, 3)[:d], 11.0)
 
 
-def similarity_prior() -> AffinePrior:
+def similarity_prior(translation_mm: float = 20.0) -> AffinePrior:
     """About a start that is not the identity."""
-    return AffinePrior(count=7, start=Affine.exp(torch.full((6,), 0.05)).matrix)
+    return AffinePrior(count=7, start=Affine.exp(torch.full((6,), 0.05)).matrix, translation_mm=translation_mm)
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,52 @@ APPEARANCES: dict[str, tuple[Callable[[], GaussianMixture], int]] = {
     "two_channels": (lambda: GaussianMixture([2, 1, 1], channels=2), 2),
 }
 
+DEFORMATIONS: dict[str, tuple[Callable[[], DeformationPrior], frozenset[str]]] = {
+    "rigid": (lambda: AffinePrior(3, 6, translation_mm=2.0), frozenset({"affine"})),
+    "velocity": (lambda: SmoothVelocity(velocity_grid()), frozenset({"velocity"})),
+    "affine_velocity": (
+        lambda: AffineVelocity(similarity_prior(2.0), SmoothVelocity(velocity_grid())),
+        frozenset({"affine", "velocity"}),
+    ),
+}
+
+SIMILARITIES: dict[str, tuple[Callable[[], Similarity], frozenset[str]]] = {
+    "gaussian": (lambda: GaussianNoise(tempering=0.5), frozenset({"noise"})),
+    "student": (lambda: StudentNoise(certainty=4.0), frozenset({"noise"})),
+    "correlation": (lambda: LocalCorrelation(1), frozenset()),
+    "mixture": (lambda: ConditionalMixture(8, (-0.2, 1.2)), frozenset({"class_means", "class_variances"})),
+}
+
+
+def images(channels: int) -> Callable[[int], tuple[Any, ...]]:
+    """Arguments of a similarity: the moved image, ``(*batch, C, *shape)``."""
+
+    def arguments(size: int) -> tuple[Tensor]:
+        lead = (size,) if size else ()
+        generator = torch.Generator().manual_seed(size)
+        return (torch.rand(*lead, channels, 4, 3, 5, generator=generator, dtype=torch.get_default_dtype()),)
+
+    return arguments
+
+
+def label_maps(size: int) -> tuple[Any, ...]:
+    (weights,) = images(3)(size)
+    return (weights / weights.sum(-4, keepdim=True),)
+
+
+def points(size: int) -> tuple[Any, ...]:
+    return (images(1)(size)[0].flatten(-4).unflatten(-1, (-1, 3)),)
+
+
+def smooth_image(d: int = 3) -> tuple[Tensor, Grid]:
+    """An image without symmetries ``(1, *shape)`` on a grid that covers ``oblique_grid``."""
+    atlas = tiny_atlas(d)
+    return atlas.probabilities[:2].sum(0, keepdim=True) + 0.5 * atlas.probabilities[:1], atlas.grid
+
+
+def pair(_: int) -> tuple[Any, ...]:
+    return (*smooth_image(), oblique_grid())
+
 
 def bias_field(channels: int) -> BiasField:
     return BiasField(cutoff_mm=30.0, channels=channels)
@@ -166,12 +231,29 @@ def _components() -> dict[str, Case]:
         cases[f"GaussianMixture_{name}"] = Case(
             appearance, log_prior(channels), APPEARANCE_SITES, plates=True
         )
+    cases["AffineVelocity"] = Case(
+        DEFORMATIONS["affine_velocity"][0], nothing, frozenset({"affine", "velocity"}), plates=True
+    )
+    for name, (similarity, sites) in SIMILARITIES.items():
+        cases[f"{type(similarity()).__name__}_{name}"] = Case(similarity, images(1), sites, plates=True)
+    cases["LabelAgreement"] = Case(lambda: LabelAgreement(3), label_maps, frozenset({"error"}), plates=True)
+    cases["Landmarks"] = Case(lambda: Landmarks(2.0), points, frozenset(), plates=True)
     return cases
 
 
 def _models() -> dict[str, Case]:
-    """Every label prior with every appearance, with and without a bias field."""
+    """Every label prior with every appearance, with and without a bias field; every deformation prior with every similarity."""
     cases = {}
+    for move, (deformation, moves) in DEFORMATIONS.items():
+        for like, (similarity, noises) in SIMILARITIES.items():
+
+            def build_pair(
+                deformation: Callable[[], DeformationPrior] = deformation,
+                similarity: Callable[[], Similarity] = similarity,
+            ) -> Registration:
+                return Registration(deformation(), similarity())
+
+            cases[f"Registration_{move}_{like}"] = Case(build_pair, pair, moves | noises, "fixed")
     for label, (prior, sites) in LABEL_PRIORS.items():
         for look, (appearance, channels) in APPEARANCES.items():
             for biased in (False, True):

@@ -14,6 +14,7 @@ import torch
 from cases import CASES, COMPONENTS, MODELS, Case, oblique_grid
 from pyro import poutine
 from pyro.contrib.autoname import scope
+from pyro.distributions import TorchDistribution
 from pyro.infer import Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
@@ -22,14 +23,17 @@ from torch import Tensor
 import probmed.appearances
 import probmed.models
 import probmed.priors
+import probmed.similarities
 from probmed.distributions import LabelMixture
 from probmed.grids import Grid, MaskedGrid
 from probmed.inference.em import log_joint
 from probmed.models.segmentation import Segmentation
-from probmed.priors import LabelPrior
+from probmed.priors import DeformationPrior, LabelPrior
+from probmed.similarities import Similarity
 from probmed.transforms import Transform, Velocity
 
-ABSTRACT = {LabelPrior}
+ABSTRACT = {LabelPrior, DeformationPrior, Similarity}
+OBSERVED = {case.observed for case in MODELS.values()}
 
 pytestmark = pytest.mark.usefixtures("float64", "local_parameters")
 
@@ -42,7 +46,7 @@ def trace_of(component: Any, case: Case, size: int = 0) -> Any:
 
 
 def latents(trace: Any) -> dict[str, Tensor]:
-    return {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != "image"}
+    return {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name not in OBSERVED}
 
 
 def observed(trace: Any, case: Case) -> dict[str, Tensor]:
@@ -57,6 +61,9 @@ def tensors(result: Any) -> list[Tensor]:
         return [result.log_prior, result.mixing, result.means, result.covariances]
     if isinstance(result, Transform):
         return [result.field if isinstance(result, Velocity) else result(torch.zeros(2, result.ndim))]
+    if isinstance(result, TorchDistribution):
+        value = torch.linspace(0.1, 0.9, result.event_shape.numel()).reshape(result.event_shape)
+        return [result.log_prob(value.expand(result.shape()))]
     raise TypeError(f"a component returned a {type(result)}, which this suite does not know")
 
 
@@ -64,12 +71,12 @@ def assert_given_latents_repeat(trace: Any, component: PyroModule, case: Case) -
     """With the latents (and data) of a trace, a component gives the trace's result and density."""
     again = trace_of(poutine.condition(component, data=latents(trace) | observed(trace, case)), case)
     for a, b in zip(tensors(trace.nodes["_RETURN"]["value"]), tensors(again.nodes["_RETURN"]["value"]), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, equal_nan=True)
     torch.testing.assert_close(torch.as_tensor(again.log_prob_sum()), torch.as_tensor(trace.log_prob_sum()))
 
 
 def test_every_component_and_model_has_a_case() -> None:
-    modules = [probmed.priors, probmed.appearances]
+    modules = [probmed.priors, probmed.appearances, probmed.similarities]
     for info in pkgutil.iter_modules(probmed.models.__path__):
         modules.append(importlib.import_module(f"probmed.models.{info.name}"))
     defined = set()
@@ -91,7 +98,8 @@ def test_prior_draw_has_the_stated_sites_and_a_finite_density(case: Case) -> Non
     assert set(latents(trace)) == case.sites
     assert torch.isfinite(torch.as_tensor(trace.log_prob_sum()))
     for value in tensors(trace.nodes["_RETURN"]["value"]):
-        assert torch.isfinite(value).all()
+        # Data are unknown where the model's images are.
+        assert torch.isfinite(value).any() if case.observed else torch.isfinite(value).all()
         assert value.dtype == torch.float64
     for name, value in latents(trace).items():
         assert value.dtype == torch.float64, name
@@ -141,7 +149,7 @@ def test_two_in_one_program_do_not_clash(case: Case) -> None:
         return results
 
     trace = poutine.trace(program).get_trace()
-    names = {name for name in trace.stochastic_nodes if not name.endswith("/image")}
+    names = {name for name in trace.stochastic_nodes if name.split("/")[1] not in OBSERVED}
     assert names == {f"{side}/{site}" for side in ("left", "right") for site in case.sites}
     assert torch.isfinite(torch.as_tensor(trace.log_prob_sum()))
 
@@ -155,7 +163,7 @@ def test_every_parameter_and_latent_has_a_gradient(case: Case) -> None:
     total = torch.as_tensor(replayed.log_prob_sum())
     if not case.observed:
         # Through the result, not the prior alone.
-        total = sum((value.square().sum() for value in tensors(replayed.nodes["_RETURN"]["value"])), total)
+        total = sum((value.square().nansum() for value in tensors(replayed.nodes["_RETURN"]["value"])), total)
     wanted = leaves | dict(component.named_parameters())
     if not wanted:
         return
@@ -183,7 +191,7 @@ def test_members_of_a_plate_are_independent_instances(case: Case, size: int) -> 
     values.pop("subject", None)
     trace.compute_log_prob()
     results = tensors(trace.nodes["_RETURN"]["value"])
-    whole = sum(trace.nodes[name]["log_prob_sum"] for name in case.sites)
+    whole = torch.zeros(()) + sum(trace.nodes[name]["log_prob_sum"] for name in case.sites)
     parts = torch.zeros(())
     for index in range(size):
         state = {name: value[index] for name, value in values.items()}
@@ -199,19 +207,27 @@ def test_members_of_a_plate_are_independent_instances(case: Case, size: int) -> 
 # Models.
 
 
-def drawn(case: Case) -> tuple[Any, dict[str, Tensor], Tensor, Grid]:
-    """A model, latents and an image from its prior, and their grid."""
+def given(case: Case, model: Any, data: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of a model that observes ``data``."""
+    assert case.observed is not None
+    call = inspect.signature(model.forward).bind_partial(*case.arguments(0))
+    call.arguments[case.observed] = data
+    return call.args
+
+
+def drawn_data(case: Case) -> tuple[Any, dict[str, Tensor], Tensor]:
+    """A model, and latents and data from its prior."""
     model = case.build()
     trace = trace_of(model, case)
-    return model, latents(trace), trace.nodes["image"]["value"], case.arguments(0)[1]
+    return model, latents(trace), trace.nodes[case.observed]["value"]
 
 
 @every_model
 def test_log_joint_is_finite_given_data_with_missing_voxels(case: Case) -> None:
-    model, state, image, grid = drawn(case)
-    image = image.masked_fill(torch.rand(image.shape) < 0.2, torch.nan)
+    model, state, data = drawn_data(case)
+    data = data.masked_fill(torch.rand(data.shape) < 0.2, torch.nan)
     leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
-    total = log_joint(model, leaves, image, grid)
+    total = log_joint(model, leaves, *given(case, model, data))
     assert torch.isfinite(total)
     for name, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):
         assert torch.isfinite(gradient).all(), name
@@ -219,23 +235,30 @@ def test_log_joint_is_finite_given_data_with_missing_voxels(case: Case) -> None:
 
 @every_model
 def test_guides_have_the_model_s_latent_sites(case: Case) -> None:
-    model, _, image, grid = drawn(case)
+    model, _, data = drawn_data(case)
     guide = AutoNormal(model) if case.guide is None else case.guide(model)
-    sites = poutine.trace(guide).get_trace(image, grid).stochastic_nodes
+    arguments = given(case, model, data)
+    sites = poutine.trace(guide).get_trace(*arguments).stochastic_nodes
     assert {name for name in sites if not name.endswith("_unconstrained")} == case.sites
-    loss = Trace_ELBO().differentiable_loss(model, guide, image, grid)
+    loss = Trace_ELBO().differentiable_loss(model, guide, *arguments)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in guide.parameters())
 
 
 @every_model
-def test_predictive_draws_images_from_samples_of_the_latents(case: Case) -> None:
-    model, state, image, grid = drawn(case)
+def test_predictive_draws_data_from_samples_of_the_latents(case: Case) -> None:
+    model, state, data = drawn_data(case)
     samples = {name: torch.stack([value, value]) for name, value in state.items()}
-    draws = Predictive(model, posterior_samples=samples)(None, grid)["image"]
-    assert draws.reshape(2, *image.shape).isfinite().all()
+    draws = Predictive(model, posterior_samples=samples)(*given(case, model, None))[case.observed]
+    assert torch.equal(draws.reshape(2, *data.shape).isnan(), torch.stack([data, data]).isnan())
     assert not torch.equal(draws[0], draws[1])
+
+
+def drawn(case: Case) -> tuple[Any, dict[str, Tensor], Tensor, Grid]:
+    """A segmentation, latents and an image from its prior, and their grid."""
+    model, state, image = drawn_data(case)
+    return model, state, image, case.arguments(0)[1]
 
 
 SEGMENTATIONS = {n: c for n, c in MODELS.items() if n.startswith("Segmentation")}
@@ -319,8 +342,7 @@ def test_scores_sum_to_the_gradient_of_the_image_s_log_density(case: Case) -> No
 
 
 def test_segmentation_refuses_what_it_cannot_use() -> None:
-    case = next(iter(MODELS.values()))
-    model = case.build()
+    model = next(iter(SEGMENTATIONS.values())).build()
     with pytest.raises(ValueError, match="needs the grid"):
         model()
     with pytest.raises(ValueError, match="tempering"):
