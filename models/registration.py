@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from probmed.fields import along_axes
-from probmed.grids import Grid, interpolation_matrices, sample
-from probmed.priors import DeformationPrior
+from probmed.fields import ModulatedField, along_axes
+from probmed.grids import Grid, interpolation_matrices, resample, sample
+from probmed.priors import DeformationPrior, SmoothVelocity
 from probmed.similarities import Similarity
 from probmed.transforms import Displacement, Transform, Velocity, physical_gradient, warp
 
@@ -50,7 +51,7 @@ class Registration(PyroModule):
             grid: of the fixed image.
         """
         transform: Transform = self.deformation()
-        moved = warp(moving, moving_grid, transform, grid, fill=math.nan)
+        moved = carried(moving, moving_grid, transform, grid)
         distribution = self.similarity(moved)
         with poutine.scale(scale=self.similarity.tempering):
             return pyro.sample("fixed", distribution, obs=fixed)
@@ -62,7 +63,84 @@ class Registration(PyroModule):
 
     def moved(self, state: Mapping[str, Tensor], moving: Tensor, moving_grid: Grid, grid: Grid) -> Tensor:
         """m∘φ at given latents, ``(C, *shape)``."""
-        return warp(moving, moving_grid, self.transform(state), grid, fill=math.nan)
+        return carried(moving, moving_grid, self.transform(state), grid)
+
+
+def carried(image: Tensor, source: Grid, transform: Transform, target: Grid) -> Tensor:
+    """``warp`` of an image ``(*batch, C, *shape)`` with NaN where nothing is known: NaN where a neighbour is, and gradients that are finite elsewhere."""
+    missing = image.isnan()
+    if not bool(missing.any()):
+        return warp(image, source, transform, target, fill=math.nan)
+    channel = image.ndim - source.ndim - 1
+    both = torch.cat([image.masked_fill(missing, 0.0), missing.to(image.dtype)], channel)
+    moved, unknown = warp(both, source, transform, target, fill=math.nan).chunk(2, channel)
+    return moved.masked_fill(unknown.detach() != 0, math.nan)
+
+
+class RegistrationGuide(PyroModule):
+    """q(v, θ | m, f) of many pairs at once: a network reads both images.
+
+    .. math::
+        q(v \\mid m, f) = N(\\mu(m, f), \\; \\mathrm{diag}(a) \\, C \\, \\mathrm{diag}(s^2) \\, C^T \\mathrm{diag}(a))
+
+    with a from the network and s either constant (``diagonal``, independent voxels, as published) or the prior's spectrum less what a typical image
+    tells, (Λ + h)^-½ with h learned from a start (``smooth``). The similarity's latents are at their best given v (a point mass).
+
+    Arguments:
+        model: its deformation is a ``SmoothVelocity``.
+        network: (moving, fixed, shape) to mean and log spread, as ``networks.VelocityNetwork``.
+        posterior: "smooth" or "diagonal".
+        curvature: the start of h, as minus the log likelihood's second derivative in an element of the velocity, mm⁻².
+
+    References: Dalca et al., MedIA 2019 (the diagonal one).
+    """
+
+    log_curvature: nn.Parameter | None
+
+    def __init__(self, model: Registration, network: nn.Module, posterior: str = "smooth", curvature: float = 1.0) -> None:
+        super().__init__()
+        if posterior not in ("smooth", "diagonal"):
+            raise ValueError(f'expected a posterior "smooth" or "diagonal", got {posterior!r}')
+        if not isinstance(model.deformation, SmoothVelocity):
+            raise ValueError(f"expected a model whose deformation is a SmoothVelocity, got a {type(model.deformation).__name__}")
+        self.similarity, self.deformation, self.network, self.posterior = model.similarity, model.deformation, network, posterior
+        self.log_curvature = nn.Parameter(torch.tensor(math.log(curvature))) if posterior == "smooth" else None
+
+    def distribution(self, moving: Tensor, fixed: Tensor) -> ModulatedField:
+        """q(v | m, f) for images ``(B, C, *shape)`` on one grid: batch ``(B,)``."""
+        prior = self.deformation.prior()
+        loc, spread = self.network(moving, fixed, self.deformation.grid.shape)
+        eigenvalues = prior.eigenvalues[None].to(loc)
+        if self.log_curvature is None:
+            spectrum = eigenvalues.max().rsqrt().expand_as(eigenvalues)
+        else:
+            spectrum = (eigenvalues + self.log_curvature.exp()).rsqrt()
+        return ModulatedField(loc, spread.exp(), spectrum, self.deformation.grid.ndim)
+
+    def forward(self, moving: Tensor, moving_grid: Grid, grid: Grid, fixed: Tensor) -> dict[str, Tensor]:
+        """As the model: one pair, or ``(B, C, *shape)`` in a plate of B pairs."""
+        single = moving.ndim == grid.ndim + 1
+        here = moving if moving_grid == grid else resample(moving, moving_grid, grid, fill=math.nan)
+        here, fixed = (here[None], fixed[None]) if single else (here, fixed)
+        q = self.distribution(here, fixed)
+        velocity: Tensor = pyro.sample("velocity", _member(q) if single else q)
+        state = {"velocity": velocity}
+        with torch.no_grad():
+            moved = carried(moving, moving_grid, self.deformation.evaluate(velocity), grid)
+            latents = self._latents(moved[None] if single else moved, fixed)
+        for name, value in latents.items():
+            state[name] = pyro.sample(name, Delta(value[0] if single else value, event_dim=value.ndim - 1))
+        return state
+
+    def _latents(self, moved: Tensor, fixed: Tensor) -> dict[str, Tensor]:
+        """The similarity's, pair by pair."""
+        each = [self.similarity.start(m, f) for m, f in zip(moved, fixed, strict=True)]
+        return {name: torch.stack([latents[name] for latents in each]) for name in each[0]}
+
+
+def _member(q: ModulatedField) -> ModulatedField:
+    """The distribution of the only pair of a batch."""
+    return ModulatedField(q.loc[0], q.amplitude[0], q.spectrum[0], q.ndim)
 
 
 @dataclass(frozen=True)

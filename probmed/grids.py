@@ -81,17 +81,22 @@ class Grid:
         return torch.linalg.inv(self.affine)
 
     @property
-    def axes_codes(self) -> str:
-        """Direction of each voxel axis, nearest anatomical name, for example ``"RAS"``."""
+    def nearest_axes(self) -> list[int]:
+        """The voxel axis nearest to each axis of the world, each taken once."""
         d = self.ndim
         directions = self.affine[:d, :d] / self.affine[:d, :d].norm(dim=0)
-        remaining, codes = set(range(d)), ["?"] * d
-        for flat in directions.abs().flatten().argsort(descending=True).tolist():
+        nearest: dict[int, int] = {}
+        for flat in directions.abs().flatten().argsort(descending=True, stable=True).tolist():
             row, column = divmod(flat, d)
-            if row in remaining and codes[column] == "?":
-                codes[column] = _AXIS_NAMES[row][int(directions[row, column] > 0)]
-                remaining.remove(row)
-        return "".join(codes)
+            if row not in nearest and column not in nearest.values():
+                nearest[row] = column
+        return [nearest[row] for row in range(d)]
+
+    @property
+    def axes_codes(self) -> str:
+        """Direction of each voxel axis, nearest anatomical name, for example ``"RAS"``."""
+        nearest = self.nearest_axes
+        return "".join(_AXIS_NAMES[row][int(self.affine[row, column] > 0)] for column in range(self.ndim) for row in [nearest.index(column)])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Grid) and self.shape == other.shape and torch.allclose(self.affine, other.affine, atol=1e-6)

@@ -16,8 +16,9 @@ from torch import Tensor
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import LabelAtlas
 from probmed.grids import Grid
-from probmed.models.registration import Registration
+from probmed.models.registration import Registration, RegistrationGuide
 from probmed.models.segmentation import Segmentation
+from probmed.networks import VelocityNetwork
 from probmed.priors import (
     AffinePrior,
     AffineVelocity,
@@ -202,6 +203,15 @@ def pair(_: int) -> tuple[Any, ...]:
     return (*smooth_image(), oblique_grid())
 
 
+def amortised_guide(model: PyroModule) -> PyroModule:
+    assert isinstance(model, Registration)
+    posterior = "diagonal" if isinstance(model.similarity, GaussianNoise) else "smooth"
+    network = VelocityNetwork(features=(4, 4, 4, 4, 4, 4))
+    # Not the identity, at which the last layer starts: there the gradients of all others vanish.
+    torch.nn.init.normal_(network.head.weight, std=0.1)
+    return RegistrationGuide(model, network, posterior)
+
+
 def bias_field(channels: int) -> BiasField:
     return BiasField(cutoff_mm=30.0, channels=channels)
 
@@ -253,7 +263,9 @@ def _models() -> dict[str, Case]:
             ) -> Registration:
                 return Registration(deformation(), similarity())
 
-            cases[f"Registration_{move}_{like}"] = Case(build_pair, pair, moves | noises, "fixed")
+            # The amortised guide is of velocities alone.
+            guide = None if move != "velocity" else amortised_guide
+            cases[f"Registration_{move}_{like}"] = Case(build_pair, pair, moves | noises, "fixed", guide=guide)
     for label, (prior, sites) in LABEL_PRIORS.items():
         for look, (appearance, channels) in APPEARANCES.items():
             for biased in (False, True):

@@ -233,6 +233,19 @@ def test_log_joint_is_finite_given_data_with_missing_voxels(case: Case) -> None:
         assert torch.isfinite(gradient).all(), name
 
 
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("Registration")])
+def test_log_joint_has_a_gradient_where_the_moving_image_is_incomplete(name: str) -> None:
+    case = MODELS[name]
+    model, state, data = drawn_data(case)
+    moving, *grids = case.arguments(0)
+    moving = moving.masked_fill(torch.rand(moving.shape) < 0.05, torch.nan)
+    leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
+    total = log_joint(model, leaves, moving, *grids, data)
+    assert torch.isfinite(total)
+    for site, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):
+        assert torch.isfinite(gradient).all(), site
+
+
 @every_model
 def test_guides_have_the_model_s_latent_sites(case: Case) -> None:
     model, _, data = drawn_data(case)

@@ -25,7 +25,7 @@ from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LocalCorrelation, Similarity, StudentNoise
 from probmed.transforms import Affine, Displacement, Transform, Velocity, determinant, physical_gradient, warp
 from probmed.volumes import UnusableInput, Volume, read_scan
-from probmed.workflows.stages import Clock, foreground_unit, pick_device
+from probmed.workflows.stages import Clock, pick_device, scaled
 
 EQUATION = "p(f, v, θ) = p(v) p(θ) p(f | m ∘ A ∘ exp(v), θ)"
 SIMILARITIES = ("correlation", "gaussian", "student", "mixture")
@@ -282,12 +282,6 @@ def carry(image: Tensor, source: Grid, grid: Grid, affine: Affine, velocity: Vel
     if velocity is None:
         return moved, torch.full_like(moved, stretch)
     return moved, stretch * determinant(physical_gradient(points, grid))
-
-
-def scaled(data: Tensor) -> Tensor:
-    """An image with a foreground of mean one."""
-    offset, unit = foreground_unit(data)
-    return (data - offset) / unit
 
 
 def correlation(a: Tensor, b: Tensor) -> float:

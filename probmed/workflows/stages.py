@@ -36,3 +36,9 @@ def foreground_unit(data: Tensor) -> tuple[Tensor, Tensor]:
     offset = data.min().clamp_max(0.0)
     seen = data[data > data.min()] - offset
     return offset, seen[seen > seen.mean()].mean()
+
+
+def scaled(data: Tensor) -> Tensor:
+    """An image with a foreground of mean one."""
+    offset, unit = foreground_unit(data)
+    return (data - offset) / unit

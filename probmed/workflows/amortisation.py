@@ -1,0 +1,354 @@
+"""Amortised registration from a table of scans: what `probmed train registration` does, and how a trained network registers a pair.
+
+Scans are brought to one grid in a world of their own, whose origin is the middle of each scan and whose axes are its voxel axes, so that headers do
+not matter. Any ordered pair of scans is an example. Objectives, by name:
+
+- ``elbo``: the evidence lower bound of the model in nats (unsupervised; with labels where the table has them);
+- ``simulation``: −log q of a deformation drawn from the prior, which made the fixed image (supervised by true deformations);
+- ``voxelmorph-mse``, ``voxelmorph-ncc``: dissimilarity + λ ‖∇v‖², as published;
+- ``voxelmorph-probabilistic``: as its code has it (``losses``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import probmed
+from probmed import losses
+from probmed.grids import Grid
+from probmed.inference.amortised import elbo_loss, posterior_loss
+from probmed.inference.training import Row, TrainingSettings, train
+from probmed.metrics import dice
+from probmed.models.registration import Registration, RegistrationGuide, linearise
+from probmed.networks import VelocityNetwork
+from probmed.priors import SmoothVelocity
+from probmed.similarities import GaussianNoise, LabelAgreement, LocalCorrelation, Similarity
+from probmed.transforms import Affine, Velocity, warp
+from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan
+from probmed.workflows.stages import scaled
+
+OBJECTIVES = ("elbo", "simulation", "voxelmorph-mse", "voxelmorph-ncc", "voxelmorph-probabilistic")
+_MULTIPLE = 4  # sides of the common grid
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """A registration network and its model.
+
+    Arguments:
+        shape, spacing_mm: of the common grid; None: the largest scan's field of view at the smallest spacing.
+        objective: one of ``OBJECTIVES``. posterior: "smooth" or "diagonal".
+        similarity: "correlation" or "gaussian", of the model. radius, noise: of the correlation's windows.
+        sd_mm, length_mm, alpha: of the velocity's prior; None: as `register` has them.
+        label_weight: factor on the labels' log density, where labels are used; 0 leaves them out.
+        weight: λ of the published objectives; None: as published (0.01, 1, 10). image_sd: of the probabilistic one.
+        features: of the U-Net. batch: pairs. mixed_precision: the network in bfloat16.
+    """
+
+    shape: tuple[int, ...] | None = None
+    spacing_mm: tuple[float, ...] | None = None
+    objective: str = "elbo"
+    posterior: str = "smooth"
+    similarity: str = "correlation"
+    radius: int = 2
+    noise: float = 0.06
+    sd_mm: float | None = None
+    length_mm: float | None = None
+    alpha: float = 2.0
+    label_weight: float = 0.0
+    weight: float | None = None
+    image_sd: float = 0.1
+    features: tuple[int, ...] = (16, 32, 32, 32, 32, 16)
+    batch: int = 4
+    mixed_precision: bool = False
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"expected an objective of {OBJECTIVES}, got {self.objective!r}")
+        if self.similarity not in ("correlation", "gaussian"):
+            raise ValueError(f'expected a similarity "correlation" or "gaussian", got {self.similarity!r}')
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Scans on one grid: images ``(N, 1, *shape)``, NaN where unknown, and labels as indices ``(N, *shape)``, −1 where a scan has none."""
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    codes: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Cohort:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def own_world(grid: Grid) -> Affine:
+    """From the world whose origin is a grid's middle and whose axes are its voxel axes, in the order and direction nearest to the world's, to the
+    world of the grid: rigid."""
+    d = grid.ndim
+    directions = grid.affine[:d, :d] / grid.affine[:d, :d].norm(dim=0)
+    matrix = torch.eye(d + 1, dtype=torch.float64)
+    for row, column in enumerate(grid.nearest_axes):
+        matrix[:d, row] = directions[:, column] * directions[row, column].sign()
+    matrix[:d, d] = grid.voxel_to_world((torch.tensor(grid.shape, dtype=torch.float64) - 1) / 2)
+    return Affine(matrix)
+
+
+def common_grid(grids: Sequence[Grid], settings: NetworkSettings) -> Grid:
+    """The grid on which the network sees every scan, in their own worlds."""
+    sides = [[(g.shape[a] * g.spacing[a], g.spacing[a]) for a in g.nearest_axes] for g in grids]
+    d = grids[0].ndim
+    spacing = settings.spacing_mm or tuple(min(side[a][1] for side in sides) for a in range(d))
+    shape = settings.shape
+    if shape is None:
+        lengths = [max(side[a][0] for side in sides) for a in range(d)]
+        shape = tuple(_MULTIPLE * math.ceil(length / (_MULTIPLE * h)) for length, h in zip(lengths, spacing, strict=True))
+    if len(shape) != d or len(spacing) != d:
+        raise ValueError(f"expected {d} axes of the common grid, got shape {shape} and spacing {spacing}")
+    return Grid.from_spacing(shape, spacing)
+
+
+def brought(volume: Volume, grid: Grid, labels: bool = False) -> Tensor:
+    """A scan, scaled, or its labels on the common grid, ``(*shape)``."""
+    data = volume.data if labels else scaled(volume.data)
+    fill: float = 0 if labels else math.nan
+    return warp(data[None], volume.grid, own_world(volume.grid), grid, "nearest" if labels else "linear", fill)[0]
+
+
+def read_cohort(table: pd.DataFrame, settings: NetworkSettings, source: Path) -> tuple[Cohort, Grid]:
+    """Scans of a table on a common grid.
+
+    Arguments:
+        table: columns ``scan`` and, where there are any, ``labels``: paths, relative ones to the table's folder.
+        source: the table's path.
+
+    Raises:
+        UnusableInput: for columns that are missing, fewer than two scans, and scans of different dimensions.
+    """
+    if "scan" not in table.columns:
+        raise UnusableInput(source, f"has no column scan (it has {', '.join(map(str, table.columns))})", "give a column scan with paths")
+    if len(table) < 2:
+        raise UnusableInput(source, f"has {len(table)} scans", "give two or more, of which pairs are made")
+    paths = [source.parent / str(path) for path in table["scan"]]
+    scans = [read_scan(path) for path in paths]
+    for path, scan in zip(paths, scans, strict=True):
+        if scan.grid.ndim != scans[0].grid.ndim:
+            raise UnusableInput(path, f"has {scan.grid.ndim} axes, and the first scan {scans[0].grid.ndim}", "train on scans of one dimension")
+    grid = common_grid([scan.grid for scan in scans], settings)
+    images = torch.stack([brought(scan, grid) for scan in scans])[:, None]
+    maps: list[Tensor | None] = []
+    for cell in table.get("labels", [None] * len(table)):
+        maps.append(None if cell is None or pd.isna(cell) else brought(read_labels(source.parent / str(cell)), grid, labels=True))
+    found = torch.cat([m.unique() for m in maps if m is not None]).unique() if any(m is not None for m in maps) else torch.zeros(1).long()
+    indices = torch.full((len(scans), *grid.shape), -1)
+    for n, values in enumerate(maps):
+        if values is not None:
+            indices[n] = torch.searchsorted(found, values.contiguous())
+    return Cohort(images, indices, tuple(path.name for path in paths), tuple(found.tolist())), grid
+
+
+@dataclass(frozen=True)
+class TrainedRegistration:
+    """A network with the model that it was trained for."""
+
+    grid: Grid
+    settings: NetworkSettings
+    model: Registration
+    guide: RegistrationGuide
+
+    @classmethod
+    def build(cls, grid: Grid, settings: NetworkSettings, seed: int = 0) -> TrainedRegistration:
+        """Untrained; same seed, same weights."""
+        lattice = grid.at_spacing([2 * h for h in grid.spacing])
+        shortest = min(n * h for n, h in zip(grid.shape, grid.spacing, strict=True))
+        prior = SmoothVelocity(lattice, settings.sd_mm or shortest / 15, settings.length_mm or shortest / 3, settings.alpha)
+        similarity: Similarity = GaussianNoise()
+        if settings.similarity == "correlation":
+            similarity = LocalCorrelation(settings.radius, settings.noise, ndim=grid.ndim)
+        model = Registration(prior, similarity)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = VelocityNetwork(grid.ndim, features=settings.features, mixed_precision=settings.mixed_precision)
+            guide = RegistrationGuide(model, network, settings.posterior)
+        return cls(grid, settings, model, guide)
+
+    def save(self, folder: Path) -> None:
+        """``network.safetensors`` and ``network.json``."""
+        with atomic_write(folder / "network.safetensors") as path:
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in self.guide.state_dict().items()}, path)
+        described = {"probmed": probmed.__version__, "system": "registration", **asdict(self.settings)}
+        described |= {"shape": self.grid.shape, "spacing_mm": self.grid.spacing}
+        with atomic_write(folder / "network.json") as path:
+            path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainedRegistration:
+        """
+        Raises:
+            UnusableInput: where there is no trained registration network.
+        """
+        try:
+            described = json.loads((folder / "network.json").read_text(encoding="utf-8"))
+            known = {f.name for f in fields(NetworkSettings)}
+            chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items() if k in known}
+            settings = NetworkSettings(**chosen)
+            if settings.shape is None or settings.spacing_mm is None or described.get("system") != "registration":
+                raise ValueError("it is not a registration network")
+            trained = cls.build(Grid.from_spacing(settings.shape, settings.spacing_mm), settings)
+            trained.guide.load_state_dict(load_file(folder / "network.safetensors"))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            fault = f"holds no registration network that can be read ({error})"
+            raise UnusableInput(folder, fault, "give a folder that `probmed train registration` has written") from error
+        return trained
+
+    def start_from(self, cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> None:
+        """Let the posterior's spread start from what some pairs tell."""
+        if self.guide.log_curvature is None:
+            return
+        lattice: Grid = self.model.deformation.grid  # type: ignore[assignment]
+        zero = cohort.images.new_zeros(self.grid.ndim, *lattice.shape)
+        near = [linearise(self.model.similarity, lattice, zero, cohort.images[m], cohort.images[f], self.grid) for m, f in pairs]
+        mean = sum(float(n.blocks().diagonal().mean()) for n in near) / len(near)
+        with torch.no_grad():
+            self.guide.log_curvature.fill_(math.log(mean))
+
+    def loss(self, cohort: Cohort) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+        """The objective of a batch of pairs, given as indices of moving and fixed scans."""
+        objective = self.settings.objective
+
+        def of_batch(batch: tuple[Tensor, Tensor]) -> Tensor:
+            moving, fixed = cohort.images[batch[0]], cohort.images[batch[1]]
+            if objective == "simulation":
+                return self._simulation_loss(moving)
+            if objective.startswith("voxelmorph"):
+                return self._published_loss(moving, fixed)
+            size = len(moving)
+            total = elbo_loss(self.model, self.guide, size, moving, self.grid, self.grid, fixed) / self.grid.numel
+            if self.settings.label_weight and len(cohort.codes) > 1:
+                total = total + self._label_loss(cohort, batch)
+            return total
+
+        return of_batch
+
+    def _simulation_loss(self, moving: Tensor) -> Tensor:
+        """Draw v and f from the model, and ask the network for v."""
+        with torch.no_grad():
+            velocity = self.model.deformation.prior().expand([len(moving)]).sample()  # type: ignore[operator]
+            fixed = warp(moving, self.grid, Velocity(self.model.deformation.grid, velocity), self.grid, fill=math.nan)  # type: ignore[arg-type]
+            fixed = fixed + self.settings.noise * torch.randn_like(fixed)
+        return posterior_loss(self.guide, {"velocity": velocity}, len(moving), moving, self.grid, self.grid, fixed) / self.grid.numel
+
+    def _label_loss(self, cohort: Cohort, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """−log p(S_f | S_m ∘ exp(μ)) of the pairs that have both, nats a voxel, times its weight."""
+        moving, fixed = (cohort.labels[index] for index in batch)
+        known = (moving.flatten(1) >= 0).all(1) & (fixed.flatten(1) >= 0).all(1)
+        if not bool(known.any()):
+            return moving.new_zeros((), dtype=torch.float32)
+        count, d = len(cohort.codes), self.grid.ndim
+        one_hot = [torch.nn.functional.one_hot(m[known], count).movedim(-1, 1).to(torch.float32) for m in (moving, fixed)]
+        loc = self.guide.distribution(cohort.images[batch[0]][known], cohort.images[batch[1]][known]).loc
+        moved = warp(one_hot[0], self.grid, Velocity(self.model.deformation.grid, loc), self.grid, fill="edge")  # type: ignore[arg-type]
+        similarity = LabelAgreement(count)
+        each = similarity.distribution(moved, {"error": moved.new_full((len(moved),), 0.05)}).log_prob(one_hot[1])
+        return -self.settings.label_weight * each.mean() / math.prod(self.grid.shape[:d])
+
+    def _published_loss(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        """VoxelMorph's objectives, in voxels of the lattice."""
+        lattice, weight = self.model.deformation.grid, self.settings.weight  # type: ignore[union-attr]
+        loc, spread = self.guide.network(moving, fixed, lattice.shape)
+        scale = loc.new_tensor(lattice.spacing).reshape(-1, *[1] * self.grid.ndim)  # type: ignore[operator]
+        voxels, probabilistic = loc / scale, self.settings.objective == "voxelmorph-probabilistic"
+        # The published network starts with log σ² at −10.
+        log_variance = 2 * spread - 10
+        if probabilistic:
+            voxels = voxels + (log_variance / 2).exp() * torch.randn_like(voxels)
+        moved = warp(moving, self.grid, Velocity(lattice, voxels * scale), self.grid, fill="edge")  # type: ignore[arg-type]
+        if self.settings.objective == "voxelmorph-mse":
+            return losses.mean_squares(moved, fixed) + (0.01 if weight is None else weight) * losses.squared_differences(voxels)
+        if not probabilistic:
+            return losses.negative_correlation(moved, fixed) + (1.0 if weight is None else weight) * losses.squared_differences(voxels)
+        divergence = losses.voxelmorph_divergence(loc / scale, log_variance, 10.0 if weight is None else weight)
+        return losses.mean_squares(moved, fixed) / self.settings.image_sd**2 + 0.01 * divergence
+
+    @torch.no_grad()
+    def velocities(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        """The posterior mean for images ``(B, 1, *shape)`` on the common grid: ``(B, d, *lattice)``, mm."""
+        return self.guide.distribution(moving, fixed).loc
+
+    def validation(self, cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> Row:
+        """Dice over labels but the first, and the share of voxels that fold, over pairs; the label map is carried by the nearest voxel."""
+        scores, folds = [], []
+        for m, f in pairs:
+            velocity = Velocity(self.model.deformation.grid, self.velocities(cohort.images[[m]], cohort.images[[f]])[0])  # type: ignore[arg-type]
+            displacement = velocity.exp(both=False)
+            folds.append(float((displacement.jacobian_determinant(displacement.grid, device=velocity.field.device) <= 0).float().mean()))
+            if (cohort.labels[m] >= 0).all() and (cohort.labels[f] >= 0).all() and len(cohort.codes) > 1:
+                moved = warp(cohort.labels[m][None], self.grid, displacement, self.grid, "nearest")[0]
+                values = [dice(moved == k, cohort.labels[f] == k) for k in range(1, len(cohort.codes))]
+                scores.append(float(np.nanmean(values)))
+        return {"dice": float(np.mean(scores)) if scores else math.nan, "folding": float(np.mean(folds))}
+
+
+def train_registration(
+    cohort: Cohort,
+    grid: Grid,
+    settings: NetworkSettings,
+    training: TrainingSettings,
+    *,
+    folder: Path | None = None,
+    validation: Cohort | None = None,
+    fabric: Fabric | None = None,
+    described: Mapping[str, Any] | None = None,
+    tell: Callable[[Row, float], None] = lambda row, share: None,
+) -> tuple[TrainedRegistration, list[Row]]:
+    """Train a network on every ordered pair of a cohort.
+
+    Arguments:
+        folder: for checkpoints, log and network. validation: scored at every row of the log, on at most 20 pairs.
+    """
+    trained = TrainedRegistration.build(grid, settings, training.seed)
+    fabric = fabric or Fabric(accelerator="cpu", devices=1)
+    trained.model.to(fabric.device)
+    trained.guide.to(fabric.device)
+    here = cohort.to(fabric.device)
+    checked = None if validation is None else validation.to(fabric.device)
+    count = len(cohort.images)
+    trained.start_from(here, [(n, (n + 1) % count) for n in range(min(count, 8))])
+
+    def batches(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        moving = torch.randint(count, (settings.batch,), generator=generator)
+        fixed = (moving + torch.randint(1, count, (settings.batch,), generator=generator)) % count
+        return moving.to(fabric.device), fixed.to(fabric.device)
+
+    def validate() -> Row:
+        n = len(checked.images)  # type: ignore[union-attr]
+        chosen = np.random.default_rng(0).permutation([(m, f) for m in range(n) for f in range(n) if m != f])[:20]
+        return trained.validation(checked, [(int(m), int(f)) for m, f in chosen])  # type: ignore[arg-type]
+
+    modules = {"guide": trained.guide}
+    log = train(
+        trained.loss(here),
+        modules,
+        batches,
+        training,
+        folder=folder,
+        described={**asdict(settings), **(described or {})},
+        validate=None if checked is None or len(checked.images) < 2 else validate,
+        fabric=fabric,
+        tell=tell,
+    )
+    if folder is not None and fabric.is_global_zero:
+        trained.save(folder)
+    return trained, log
