@@ -17,9 +17,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from torch import Tensor
+from pyro.nn import PyroModule
+from torch import Tensor, nn
 
-from probmed.inference.parameters import local_parameters
+from probmed.fields import ModulatedField
+from probmed.inference.parameters import local_parameters, seeded
+from probmed.inference.svi import fit
 
 Program = Callable[..., Any]
 
@@ -56,25 +59,89 @@ class Refinement:
     """What a guide of one data set gained over the amortised one.
 
     Arguments:
-        guide: refined. amortised, refined: ELBOs, nats, each the mean of ``draws`` draws. gap: the second less the first, with its standard error.
+        guide: refined.
+        amortised, refined: ELBOs, nats, each the mean of some draws; gap: the second less the first, with its standard error.
     """
 
-    guide: Program
+    guide: FieldPosterior
     amortised: float
     refined: float
     gap: float
     error: float
 
 
-def mean_elbo(model: Program, guide: Program, draws: int, *args: Any, **kwargs: Any) -> Tensor:
+class FieldPosterior(PyroModule):
+    """q of one field of one data set: a ``ModulatedField`` whose mean, amplitude and spectrum's level are its own parameters.
+
+    Arguments:
+        site: its name.
+        start: without batch, or a batch of one.
+        companion: gives further sites' values for the field's, called with the data, as a guide that is conditioned on it; None where there are none.
+    """
+
+    def __init__(self, site: str, start: ModulatedField, companion: Program | None = None) -> None:
+        super().__init__()
+        event = start.event_shape
+        self.site, self.axes, self.companion = site, start.ndim, companion
+        self.loc = nn.Parameter(start.loc.detach().reshape(event).clone())
+        self.log_amplitude = nn.Parameter(start.amplitude.detach().reshape(event).log())
+        self.register_buffer("spectrum", start.spectrum.detach().reshape(-1, *start.spectrum.shape[-start.ndim :])[0].clone())
+
+    def distribution(self) -> ModulatedField:
+        spectrum: Tensor = self.spectrum  # type: ignore[assignment]
+        return ModulatedField(self.loc, self.log_amplitude.exp(), spectrum, self.axes)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        value = pyro.sample(self.site, self.distribution())
+        if self.companion is None:
+            return {self.site: value}
+        with poutine.block(hide=[self.site]):
+            return poutine.condition(self.companion, data={self.site: value})(*args, **kwargs)
+
+
+def refine_field(
+    model: Program,
+    guide: Program,
+    site: str,
+    q: ModulatedField,
+    data: tuple[Any, ...],
+    *,
+    steps: int = 100,
+    learning_rate: float = 0.03,
+    draws: int = 20,
+    seed: int = 0,
+) -> Refinement:
+    """Go on from an amortised q of a field on one data set, and say what it gains.
+
+    Arguments:
+        guide: the amortised one, for the sites beside the field.
+        q: its distribution of the field for this data set.
+        data: what model and guide are called with.
+        steps: of SVI. draws: for each ELBO.
+    """
+
+    def others(*args: Any, **kwargs: Any) -> Any:
+        """The guide, but no part of the new one, whose parameters are its own alone."""
+        return guide(*args, **kwargs)
+
+    first, own = FieldPosterior(site, q, others), FieldPosterior(site, q, others)
+    # The network stays as it is.
+    frozen = [p for p in guide.parameters() if p.requires_grad] if isinstance(guide, nn.Module) else []
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        fit(model, own, *data, steps=steps, learning_rate=learning_rate, tolerance_nats=None, elbo=TraceMeanField_ELBO(), seed=seed)
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+    with seeded(seed):
+        before, after = (elbo_draws(model, each, draws, *data) for each in (first, own))
+    error = ((before.var() + after.var()) / draws).sqrt()
+    return Refinement(own, float(before.mean()), float(after.mean()), float(after.mean() - before.mean()), float(error))
+
+
+def elbo_draws(model: Program, guide: Program, draws: int, *args: Any, **kwargs: Any) -> Tensor:
     """Estimates of the ELBO from single draws, ``(draws,)``, nats."""
     estimator = Trace_ELBO()
     with torch.no_grad(), local_parameters(model, guide):
         return torch.tensor([-estimator.loss(model, guide, *args, **kwargs) for _ in range(draws)], dtype=torch.float64)
-
-
-def refinement(model: Program, amortised: Program, refined: Program, *args: Any, draws: int = 20, **kwargs: Any) -> Refinement:
-    """Compare two guides on one data set."""
-    before, after = (mean_elbo(model, guide, draws, *args, **kwargs) for guide in (amortised, refined))
-    error = ((before.var() + after.var()) / draws).sqrt()
-    return Refinement(refined, float(before.mean()), float(after.mean()), float(after.mean() - before.mean()), float(error))

@@ -13,7 +13,7 @@ from probmed.inference.guides import structured
 from probmed.inference.laplace import laplace_draws
 from probmed.inference.posterior import Posterior
 from probmed.inference.svi import fit
-from probmed.volumes import Volume
+from probmed.volumes import Volume, scaled
 
 
 def infer(
@@ -51,9 +51,7 @@ def infer(
 
 def _image_and_grid(scan: Volume) -> list[Any]:
     solid = scan.as_3d()
-    data = solid.data
-    seen = data[data > data.min()]
-    return [(data / seen[seen > seen.mean()].mean())[None], solid.grid]
+    return [scaled(solid.data)[None], solid.grid]
 
 
 def _subsample(image: Tensor, grid: Grid, spacing_mm: float) -> tuple[Tensor, MaskedGrid]:

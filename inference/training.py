@@ -115,7 +115,8 @@ def train(
         limit = math.inf if settings.clip_norm is None else settings.clip_norm
         norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), limit))
         if not math.isfinite(norm):
-            raise NotFinite(step + 1, [f"gradient of {n}" for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()])
+            broken = [name for name, p in parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+            raise NotFinite(step + 1, [f"gradient of {', '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}"])
         optimiser.step()
         losses.append(float(value.detach()))
         greatest = max(greatest, norm)

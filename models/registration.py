@@ -67,7 +67,7 @@ class Registration(PyroModule):
 
 
 def carried(image: Tensor, source: Grid, transform: Transform, target: Grid) -> Tensor:
-    """``warp`` of an image ``(*batch, C, *shape)`` with NaN where nothing is known: NaN where a neighbour is, and gradients that are finite elsewhere."""
+    """``warp`` of an image ``(*batch, C, *shape)`` with NaN where nothing is known: NaN where a neighbour is, with finite gradients elsewhere."""
     missing = image.isnan()
     if not bool(missing.any()):
         return warp(image, source, transform, target, fill=math.nan)

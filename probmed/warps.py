@@ -31,7 +31,6 @@ import gzip
 import math
 import re
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,7 @@ from torch import Tensor
 from probmed.grids import Grid
 from probmed.transforms import Affine, Composition, Displacement, Transform
 from probmed.volumes.files import PathLike, UnusableInput, atomic_write, image_suffix, read_bytes
+from probmed.volumes.formats import unzipped
 
 Array = NDArray[np.float64]
 
@@ -117,7 +117,7 @@ def read_warp(path: PathLike) -> Displacement:
             finite.
     """
     path = Path(path)
-    return _decode_warp(path, _content(path))
+    return _decode_warp(path, unzipped(path, read_bytes(path)))
 
 
 def write_affine(path: PathLike, affine: Affine, protect: Iterable[PathLike] = ()) -> None:
@@ -168,7 +168,7 @@ def read_affine(path: PathLike) -> Affine:
             is singular or not finite.
     """
     path = Path(path)
-    return _decode_affine(path, _content(path))
+    return _decode_affine(path, unzipped(path, read_bytes(path)))
 
 
 def read_transform(path: PathLike) -> Displacement | Affine:
@@ -181,7 +181,7 @@ def read_transform(path: PathLike) -> Displacement | Affine:
         UnusableInput: as ``read_warp`` and ``read_affine``.
     """
     path = Path(path)
-    content = _content(path)
+    content = unzipped(path, read_bytes(path))
     return _decode_warp(path, content) if _nifti_kind(content) else _decode_affine(path, content)
 
 
@@ -307,21 +307,6 @@ def _of(d: int) -> str:
 def _is_singular(matrix: Array) -> bool:
     sizes = np.linalg.svd(matrix, compute_uv=False)
     return bool(sizes[-1] <= 1e-9 * max(sizes[0], 1e-9))
-
-
-def _content(path: Path) -> bytes:
-    """The bytes of a file, without gzip."""
-    content = read_bytes(path)
-    if not content:
-        raise UnusableInput(path, "is a file of 0 bytes", _AGAIN)
-    if content[:2] != b"\x1f\x8b":
-        return content
-    try:
-        return gzip.decompress(content)
-    except EOFError as error:
-        raise UnusableInput(path, "is cut off: its gzip stream ends too early", _AGAIN) from error
-    except (OSError, zlib.error, struct.error) as error:
-        raise UnusableInput(path, f"is damaged: its gzip stream is not valid ({error})", _AGAIN) from error
 
 
 def _nifti_kind(content: bytes) -> Any:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from probmed import __version__
-from probmed.cli import demo, models, segment, warp
+from probmed.cli import demo, models, segment, train, warp
 
 app = typer.Typer(
     name="probmed",
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(segment.segment)
 app.command()(warp.warp)
+app.command()(train.train)
 app.command()(models.models)
 
 

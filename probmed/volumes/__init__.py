@@ -18,17 +18,19 @@ Reference: the NIfTI-1 and NIfTI-2 definitions (nifti.nimh.nih.gov); FreeSurfer'
 
 from probmed.volumes.files import UnusableInput, atomic_write, bids_stem, sha256
 from probmed.volumes.names import read_label_colours, read_label_names, write_label_names
-from probmed.volumes.scans import Volume, read_labels, read_scan, write_labels, write_scan
+from probmed.volumes.scans import Volume, foreground_unit, read_labels, read_scan, scaled, write_labels, write_scan
 
 __all__ = [
     "UnusableInput",
     "Volume",
     "atomic_write",
     "bids_stem",
+    "foreground_unit",
     "read_label_colours",
     "read_label_names",
     "read_labels",
     "read_scan",
+    "scaled",
     "sha256",
     "write_label_names",
     "write_labels",

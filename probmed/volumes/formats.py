@@ -63,7 +63,7 @@ def decode(path: Path) -> Stored:
     Raises:
         UnusableInput: where this is not what the file holds, or its geometry is none.
     """
-    content = _unzipped(path, read_bytes(path))
+    content = unzipped(path, read_bytes(path))
     # The arithmetic of a corrupt header may overflow; what comes of it is refused in words.
     with np.errstate(all="ignore"):
         for kind, start, magic, size in _NIFTI_MAGIC:
@@ -82,7 +82,12 @@ def spatial_shape(file_shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _unzipped(path: Path, content: bytes) -> bytes:
+def unzipped(path: Path, content: bytes) -> bytes:
+    """The bytes of a file, without gzip.
+
+    Raises:
+        UnusableInput: where there are none, or the stream is cut off or damaged.
+    """
     if not content:
         raise UnusableInput(path, "is a file of 0 bytes", _AGAIN)
     if content[:2] != b"\x1f\x8b":

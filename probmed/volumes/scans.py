@@ -324,3 +324,20 @@ def _in_space(affine: NDArray[np.float64], like: NDArray[np.float64]) -> NDArray
     out[:3, 2] = like[:3, 2]
     out[:3, 3] = axes @ affine[:2, 2] + normal * (normal @ like[:3, 3])
     return out
+
+
+def foreground_unit(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset and unit of an image: (data − offset) / unit is not negative and has a foreground of mean one. Scanners' units are arbitrary.
+
+    Arguments:
+        data: ``(*shape)``.
+    """
+    offset = data.min().clamp_max(0.0)
+    seen = data[data > data.min()] - offset
+    return offset, seen[seen > seen.mean()].mean()
+
+
+def scaled(data: Tensor) -> Tensor:
+    """An image with a foreground of mean one."""
+    offset, unit = foreground_unit(data)
+    return (data - offset) / unit

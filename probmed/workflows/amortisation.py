@@ -28,7 +28,8 @@ from torch import Tensor
 import probmed
 from probmed import losses
 from probmed.grids import Grid
-from probmed.inference.amortised import elbo_loss, posterior_loss
+from probmed.inference.amortised import elbo_loss, posterior_loss, refine_field
+from probmed.inference.parameters import seeded
 from probmed.inference.training import Row, TrainingSettings, train
 from probmed.metrics import dice
 from probmed.models.registration import Registration, RegistrationGuide, linearise
@@ -36,8 +37,8 @@ from probmed.networks import VelocityNetwork
 from probmed.priors import SmoothVelocity
 from probmed.similarities import GaussianNoise, LabelAgreement, LocalCorrelation, Similarity
 from probmed.transforms import Affine, Velocity, warp
-from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan
-from probmed.workflows.stages import scaled
+from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, scaled
+from probmed.workflows.registration import Answer
 
 OBJECTIVES = ("elbo", "simulation", "voxelmorph-mse", "voxelmorph-ncc", "voxelmorph-probabilistic")
 _MULTIPLE = 4  # sides of the common grid
@@ -48,7 +49,6 @@ class NetworkSettings:
     """A registration network and its model.
 
     Arguments:
-        shape, spacing_mm: of the common grid; None: the largest scan's field of view at the smallest spacing.
         objective: one of ``OBJECTIVES``. posterior: "smooth" or "diagonal".
         similarity: "correlation" or "gaussian", of the model. radius, noise: of the correlation's windows.
         sd_mm, length_mm, alpha: of the velocity's prior; None: as `register` has them.
@@ -57,8 +57,6 @@ class NetworkSettings:
         features: of the U-Net. batch: pairs. mixed_precision: the network in bfloat16.
     """
 
-    shape: tuple[int, ...] | None = None
-    spacing_mm: tuple[float, ...] | None = None
     objective: str = "elbo"
     posterior: str = "smooth"
     similarity: str = "correlation"
@@ -106,17 +104,12 @@ def own_world(grid: Grid) -> Affine:
     return Affine(matrix)
 
 
-def common_grid(grids: Sequence[Grid], settings: NetworkSettings) -> Grid:
-    """The grid on which the network sees every scan, in their own worlds."""
+def common_grid(grids: Sequence[Grid], spacing_mm: float | None = None) -> Grid:
+    """The grid on which the network sees every scan, in their own worlds: the largest field of view along each axis, at the smallest spacing."""
     sides = [[(g.shape[a] * g.spacing[a], g.spacing[a]) for a in g.nearest_axes] for g in grids]
-    d = grids[0].ndim
-    spacing = settings.spacing_mm or tuple(min(side[a][1] for side in sides) for a in range(d))
-    shape = settings.shape
-    if shape is None:
-        lengths = [max(side[a][0] for side in sides) for a in range(d)]
-        shape = tuple(_MULTIPLE * math.ceil(length / (_MULTIPLE * h)) for length, h in zip(lengths, spacing, strict=True))
-    if len(shape) != d or len(spacing) != d:
-        raise ValueError(f"expected {d} axes of the common grid, got shape {shape} and spacing {spacing}")
+    axes = range(grids[0].ndim)
+    spacing = [spacing_mm or min(side[a][1] for side in sides) for a in axes]
+    shape = [_MULTIPLE * math.ceil(max(side[a][0] for side in sides) / (_MULTIPLE * spacing[a])) for a in axes]
     return Grid.from_spacing(shape, spacing)
 
 
@@ -127,12 +120,13 @@ def brought(volume: Volume, grid: Grid, labels: bool = False) -> Tensor:
     return warp(data[None], volume.grid, own_world(volume.grid), grid, "nearest" if labels else "linear", fill)[0]
 
 
-def read_cohort(table: pd.DataFrame, settings: NetworkSettings, source: Path) -> tuple[Cohort, Grid]:
+def read_cohort(table: pd.DataFrame, source: Path, spacing_mm: float | None = None, grid: Grid | None = None) -> tuple[Cohort, Grid]:
     """Scans of a table on a common grid.
 
     Arguments:
         table: columns ``scan`` and, where there are any, ``labels``: paths, relative ones to the table's folder.
         source: the table's path.
+        spacing_mm: of the common grid; grid: of a network that there is already.
 
     Raises:
         UnusableInput: for columns that are missing, fewer than two scans, and scans of different dimensions.
@@ -146,7 +140,7 @@ def read_cohort(table: pd.DataFrame, settings: NetworkSettings, source: Path) ->
     for path, scan in zip(paths, scans, strict=True):
         if scan.grid.ndim != scans[0].grid.ndim:
             raise UnusableInput(path, f"has {scan.grid.ndim} axes, and the first scan {scans[0].grid.ndim}", "train on scans of one dimension")
-    grid = common_grid([scan.grid for scan in scans], settings)
+    grid = common_grid([scan.grid for scan in scans], spacing_mm) if grid is None else grid
     images = torch.stack([brought(scan, grid) for scan in scans])[:, None]
     maps: list[Tensor | None] = []
     for cell in table.get("labels", [None] * len(table)):
@@ -167,6 +161,10 @@ class TrainedRegistration:
     settings: NetworkSettings
     model: Registration
     guide: RegistrationGuide
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.guide.parameters()).device
 
     @classmethod
     def build(cls, grid: Grid, settings: NetworkSettings, seed: int = 0) -> TrainedRegistration:
@@ -204,9 +202,9 @@ class TrainedRegistration:
             known = {f.name for f in fields(NetworkSettings)}
             chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items() if k in known}
             settings = NetworkSettings(**chosen)
-            if settings.shape is None or settings.spacing_mm is None or described.get("system") != "registration":
-                raise ValueError("it is not a registration network")
-            trained = cls.build(Grid.from_spacing(settings.shape, settings.spacing_mm), settings)
+            if described["system"] != "registration":
+                raise ValueError(f"it is a network for {described['system']}")
+            trained = cls.build(Grid.from_spacing(described["shape"], described["spacing_mm"]), settings)
             trained.guide.load_state_dict(load_file(folder / "network.safetensors"))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             fault = f"holds no registration network that can be read ({error})"
@@ -265,7 +263,8 @@ class TrainedRegistration:
         return -self.settings.label_weight * each.mean() / math.prod(self.grid.shape[:d])
 
     def _published_loss(self, moving: Tensor, fixed: Tensor) -> Tensor:
-        """VoxelMorph's objectives, in voxels of the lattice."""
+        """VoxelMorph's objectives, in voxels of the lattice; what is unknown is zero."""
+        moving, fixed = moving.nan_to_num(0.0), fixed.nan_to_num(0.0)
         lattice, weight = self.model.deformation.grid, self.settings.weight  # type: ignore[union-attr]
         loc, spread = self.guide.network(moving, fixed, lattice.shape)
         scale = loc.new_tensor(lattice.spacing).reshape(-1, *[1] * self.grid.ndim)  # type: ignore[operator]
@@ -281,6 +280,16 @@ class TrainedRegistration:
             return losses.negative_correlation(moved, fixed) + (1.0 if weight is None else weight) * losses.squared_differences(voxels)
         divergence = losses.voxelmorph_divergence(loc / scale, log_variance, 10.0 if weight is None else weight)
         return losses.mean_squares(moved, fixed) / self.settings.image_sd**2 + 0.01 * divergence
+
+    def brought(self, volume: Volume) -> Tensor:
+        """A scan on the network's grid, ``(1, 1, *shape)``.
+
+        Raises:
+            UnusableInput: for a scan of another dimension.
+        """
+        if volume.grid.ndim != self.grid.ndim:
+            raise UnusableInput(volume.name, f"has {volume.grid.ndim} axes, and the network takes {self.grid.ndim}", "give another network or scan")
+        return brought(volume, self.grid)[None, None]
 
     @torch.no_grad()
     def velocities(self, moving: Tensor, fixed: Tensor) -> Tensor:
@@ -352,3 +361,47 @@ def train_registration(
     if folder is not None and fabric.is_global_zero:
         trained.save(folder)
     return trained, log
+
+
+def answer(trained: TrainedRegistration, moving: Volume, fixed: Volume, *, draws: int = 0, refine: int = 0, seed: int = 0) -> Answer:
+    """Register a pair with a trained network.
+
+    Arguments:
+        refine: steps by which the pair's own posterior goes on from the network's; the gap is in nats.
+
+    Raises:
+        UnusableInput: for scans of another dimension than the network's.
+    """
+    m, f = (trained.brought(volume).to(trained.device) for volume in (moving, fixed))
+    lattice: Grid = trained.model.deformation.grid  # type: ignore[assignment]
+    with torch.no_grad():
+        q = trained.guide.distribution(m, f)
+    found = None
+    if refine:
+        found = refine_field(trained.model, trained.guide, "velocity", q, (m[0], trained.grid, trained.grid, f[0]), steps=refine, seed=seed)
+        q = found.guide.distribution()  # type: ignore[attr-defined]
+    world = own_world(fixed.grid)
+    affine = Affine(own_world(moving.grid).matrix @ world.inverse().matrix)
+    turn = world.matrix[: lattice.ndim, : lattice.ndim].to(q.loc)
+
+    def placed(field: Tensor) -> Velocity:
+        return with_axes_of(fixed.grid, lattice.transformed(world.matrix), torch.einsum("ab,b...->a...", turn, field))
+
+    with torch.no_grad(), seeded(seed):
+        samples = q.sample((draws,)).reshape(draws, *q.event_shape) if draws else []
+        return Answer(affine, placed(q.loc.reshape(q.event_shape)), [placed(sample) for sample in samples], found)
+
+
+def with_axes_of(grid: Grid, lattice: Grid, field: Tensor) -> Velocity:
+    """A velocity ``(d, *lattice.shape)`` stored in the order and direction of the axes of a grid to which its own are parallel."""
+    d = grid.ndim
+    affine = lattice.affine.clone()
+    cosines = (grid.affine[:d, :d] / grid.affine[:d, :d].norm(dim=0)).T @ affine[:d, :d]
+    order = cosines.abs().argmax(1).tolist()
+    flipped = [axis for axis in range(d) if cosines[axis, order[axis]] < 0]
+    affine[:d, :d] = affine[:d, order]
+    for axis in flipped:
+        affine[:d, d] += (lattice.shape[order[axis]] - 1) * affine[:d, axis]
+        affine[:d, axis] *= -1
+    moved = field.permute(0, *(1 + axis for axis in order)).flip([1 + axis for axis in flipped])
+    return Velocity(Grid(tuple(lattice.shape[axis] for axis in order), affine), moved.contiguous())

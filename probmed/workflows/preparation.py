@@ -13,8 +13,7 @@ from probmed.atlases import LabelAtlas
 from probmed.grids import Grid, MaskedGrid, resample, sample
 from probmed.inference.affine import align
 from probmed.transforms import Affine
-from probmed.volumes import UnusableInput, Volume
-from probmed.workflows.stages import foreground_unit
+from probmed.volumes import UnusableInput, Volume, foreground_unit
 
 _CONSTANT_SHARE = 0.15
 _LARGEST_BRAIN_LITRES = 2.9  # of brain and the fluid around it, in the simulations; whole heads start above three

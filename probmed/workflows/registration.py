@@ -19,13 +19,14 @@ from torch import Tensor
 from probmed.fields import along_axes
 from probmed.grids import Grid, averaged, interpolation_matrices, sample
 from probmed.inference.affine import align_images
+from probmed.inference.amortised import Refinement
 from probmed.inference.gauss_newton import FieldMode, Iteration, ascend_field, field_draws
 from probmed.models.registration import Linearisation, linearise
 from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LocalCorrelation, Similarity, StudentNoise
 from probmed.transforms import Affine, Displacement, Transform, Velocity, determinant, physical_gradient, warp
-from probmed.volumes import UnusableInput, Volume, read_scan
-from probmed.workflows.stages import Clock, pick_device, scaled
+from probmed.volumes import UnusableInput, Volume, read_scan, scaled
+from probmed.workflows.stages import Clock, pick_device
 
 EQUATION = "p(f, v, θ) = p(v) p(θ) p(f | m ∘ A ∘ exp(v), θ)"
 SIMILARITIES = ("correlation", "gaussian", "student", "mixture")
@@ -78,6 +79,7 @@ class RegistrationResult:
         draws: transforms from the posterior.
         correlation: of the two images where they overlap: by their headers, after the affine map, after all.
         levels: spacing and iterations of each; converged: of the finest.
+        refinement: ELBOs of a network's answer before and after it was refined.
     """
 
     fixed: Volume
@@ -98,6 +100,23 @@ class RegistrationResult:
     seconds: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     equation: str = EQUATION
+    refinement: Refinement | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A posterior of one pair that comes from a network.
+
+    Arguments:
+        affine: rigid, the fixed image's world to the moving one's, middle onto middle.
+        velocity: the posterior mean, in the fixed world, on axes parallel to the fixed image's. draws: of it.
+        refinement: ELBOs before and after, where it was refined.
+    """
+
+    affine: Affine
+    velocity: Velocity
+    draws: list[Velocity]
+    refinement: Refinement | None
 
 
 def register(
@@ -108,6 +127,7 @@ def register(
     seed: int = 0,
     device: str = "auto",
     settings: RegistrationSettings | None = None,
+    amortised: Callable[[Volume, Volume, int], Answer] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> RegistrationResult:
     """Bring a moving image onto a fixed one.
@@ -117,6 +137,7 @@ def register(
         draws: from the posterior of the velocity.
         seed: same seed, same result on the same machine.
         device: "auto", "cpu" or "cuda".
+        amortised: a network's answer for moving and fixed volumes and a number of draws (``amortisation.answer``), in place of affine map and mode.
         progress: called with a stage's name and the share of the work done, in [0, 1].
 
     Raises:
@@ -134,15 +155,19 @@ def register(
 
     tell("affine", 0.02)
     a, b = (scaled(volume.data.to(where)) for volume in (m, f))
-    affine = Affine.identity(f.grid.ndim) if settings.affine == 0 else Affine(
-        align_images(b.cpu(), f.grid, a.cpu(), m.grid, settings.affine, seed=seed).matrix
-    )
-    clock.lap("affine")
+    answer = None if amortised is None else amortised(m, f, draws)
+    if answer is not None:
+        affine = answer.affine
+    elif settings.affine == 0:
+        affine = Affine.identity(f.grid.ndim)
+    else:
+        affine = Affine(align_images(b.cpu(), f.grid, a.cpu(), m.grid, settings.affine, seed=seed).matrix)
+    clock.lap("affine" if answer is None else "network")
 
     pair = Pair(b, f.grid, a, m.grid, affine)
-    velocity, mode = None, None
+    velocity, mode = None if answer is None else answer.velocity, None
     levels: list[tuple[float, list[Iteration]]] = []
-    if settings.deformable:
+    if settings.deformable and answer is None:
         for level in climb(pair, settings, lambda share: tell("velocity", 0.1 + 0.6 * share)):
             levels.append((level.spacing_mm, level.mode.iterations))
             velocity, mode = Velocity(level.lattice, level.mode.field), level
@@ -150,7 +175,7 @@ def register(
 
     tell("posterior", 0.7)
     transform: Transform = affine if velocity is None else affine @ velocity.exp()
-    samples = [] if mode is None or not draws else mode.draws(draws, seed)
+    samples = [v.exp() for v in answer.draws] if answer is not None else [] if mode is None or not draws else mode.draws(draws, seed)
     spread = displacement_sd(samples, f.grid) if len(samples) > 1 else None
     clock.lap("posterior")
 
@@ -175,6 +200,7 @@ def register(
         converged=mode is None or mode.mode.converged,
         settings=settings,
         seed=seed,
+        refinement=None if answer is None else answer.refinement,
     )
     clock.lap("results")
     result.seconds = clock.seconds
