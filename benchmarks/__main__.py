@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.tables import Log
 
-TABLES = ("tissue", "volumes", "fields")
+TABLES = ("tissue", "volumes", "fields", "pairs")
 
 
 def main(arguments: list[str] | None = None, folder: Path | None = None) -> int:
