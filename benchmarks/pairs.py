@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def measure(
                 if line.startswith("ROW "):
                     row = json.loads(line.removeprefix("ROW "))
                     key = row.pop("key")
-                    log.row(key, lambda row=row: {"collection": collection, "pair": key.split("/")[1], "method": method, **row})  # type: ignore[misc]
+                    named = {"collection": collection, "pair": key.split("/")[1], "method": method, **row}
+                    log.row(key, partial(dict, named))
                     print(f"{key:44s} Dice {row['dice']:.4f} folds {row['folding']:.2e} {row['seconds']:7.2f} s", flush=True)
         if child.returncode:
             raise RuntimeError(f"{method} failed on {collection} with status {child.returncode}")

@@ -7,6 +7,7 @@ same bits. Several GPUs each take a part of the batch and share gradients (Light
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -88,7 +89,8 @@ def train(
         raise ValueError("expected modules with parameters to learn, got none")
     buffers = buffers_of(modules)
     optimiser = torch.optim.Adam(list(parameters.values()), lr=settings.learning_rate)
-    facts = {**asdict(settings), **(described or {}), "processes": fabric.world_size}
+    # As they come back from a file, where a tuple is a list.
+    facts = json.loads(json.dumps({**asdict(settings), **(described or {}), "processes": fabric.world_size}))
     log: list[Row] = []
     losses: list[float] = []
     path = None if folder is None else folder / "checkpoint.safetensors"
@@ -103,7 +105,8 @@ def train(
             group["lr"] = rate
         own = (settings.seed * 1_000_003 + step) * fabric.world_size + fabric.global_rank
         with seeded(own, devices):
-            batch = batches(torch.Generator().manual_seed(own))
+            # Not of the same seed: data and draws would be the same numbers.
+            batch = batches(torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
             optimiser.zero_grad(set_to_none=True)
             value = loss(batch)
             if not bool(torch.isfinite(value)):

@@ -42,6 +42,11 @@ class VelocityNetwork(nn.Module):
         self.stem = nn.Sequential(convolution(2 * channels, features[0], 3, stride=2, padding=1), nn.LeakyReLU(0.1))
         # No normalisation, as published: small images are down to one voxel at the deepest stage.
         self.body = BasicUNet(ndim, features[0], features[5], self.features, norm=None)  # type: ignore[arg-type]
+        for layer in [*self.stem.modules(), *self.body.modules()]:
+            # PyTorch's own start shrinks what passes each layer, and twenty layers without normalisation to nothing.
+            if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+                nn.init.kaiming_normal_(layer.weight, a=0.1)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         self.head = convolution(features[5], 2 * ndim, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]

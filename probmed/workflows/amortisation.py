@@ -60,7 +60,7 @@ class NetworkSettings:
     objective: str = "elbo"
     posterior: str = "smooth"
     similarity: str = "correlation"
-    radius: int = 2
+    radius: int = 4
     noise: float = 0.06
     sd_mm: float | None = None
     length_mm: float | None = None
