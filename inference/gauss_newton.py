@@ -2,7 +2,8 @@
 
 With g the gradient of the log likelihood in a field v and H its Gauss–Newton Hessian, a step solves (H + Λ) δ = g − Λ v. The prior's precision Λ is
 diagonal in the DCT, H is local: conjugate gradients preconditioned by (Λ + h̄ I)⁻¹, h̄ the mean curvature, take few iterations, each of two transforms.
-A draw of the posterior N(v̂, (H + Λ)⁻¹) is the solution for a right-hand side H^½ η + Λ^½ ξ with η, ξ white.
+A draw of the posterior N(v̂, (H + Λ)⁻¹) is the solution for a right-hand side H^½ η + Λ^½ ξ with η, ξ white. A step may leave broad directions to the
+next, a draw may not: there the preconditioner is ``field_preconditioner``.
 
 References: Ashburner & Friston, NeuroImage 2011 (Gauss–Newton for diffeomorphisms); Papandreou & Yuille, NIPS 2010 (perturb and solve).
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from probmed.fields import GaussianField, dct, idct
-from probmed.inference.laplace import conjugate_gradients
+from probmed.inference.laplace import conjugate_gradients, field_preconditioner
 
 
 class Quadratic(Protocol):
@@ -106,40 +107,38 @@ def ascend_field(
 
 def newton_direction(near: Quadratic, prior: GaussianField, field: Tensor, tolerance: float = 0.05, iterations: int = 8) -> Tensor:
     """(B + Λ)⁻¹ (g − Λ (v − mean)), B the block-diagonal bound of the Hessian."""
-    blocks = near.blocks()
+    d, eigenvalues, blocks = len(prior.grid_shape), prior.eigenvalues, near.blocks()
+    curvature = float(blocks.diagonal().mean())
     right = (near.gradient - prior.precision_matvec(field - prior.loc))[None]
 
-    def local(x: Tensor) -> Tensor:
-        return torch.einsum("de...,be...->bd...", blocks, x)
+    def matvec(x: Tensor) -> Tensor:
+        return torch.einsum("de...,be...->bd...", blocks, x) + idct(dct(x, d) * eigenvalues, d)
 
-    return _solve(local, float(blocks.diagonal().mean()), prior, right, tolerance, iterations)[0]
+    def precondition(x: Tensor) -> Tensor:
+        return idct(dct(x, d) / (eigenvalues + curvature), d)
+
+    return conjugate_gradients(matvec, right, precondition, tolerance, iterations)[0]
 
 
 def field_draws(
     near: Quadratic, prior: GaussianField, count: int, generator: torch.Generator | None = None, tolerance: float = 1e-2, iterations: int = 200
 ) -> Tensor:
-    """Departures from the mode, ``(count, d, *shape)``, of covariance (H + Λ)⁻¹."""
+    """Departures from the mode, ``(count, d, *shape)``, of covariance (H + Λ)⁻¹.
+
+    Arguments:
+        tolerance: of each draw's error relative to the draw, both in the norm of H + Λ.
+    """
     like = {"dtype": near.gradient.dtype, "device": near.gradient.device}
-    d = len(prior.grid_shape)
-    curvature = float(near.blocks().diagonal().mean())
+    d, eigenvalues = len(prior.grid_shape), prior.eigenvalues
+    precondition = field_preconditioner(near.blocks(), prior)
+
+    def matvec(x: Tensor) -> Tensor:
+        return near.precision(x) + idct(dct(x, d) * eigenvalues, d)
+
     draws = []
     for _ in range(count):  # one at a time: a batch would hold as many images
         eta = torch.randn(1, *near.elements, generator=generator, **like)  # type: ignore[call-overload]
         xi = torch.randn(1, *prior.event_shape, generator=generator, **like)  # type: ignore[call-overload]
-        right = near.precision_root(eta) + idct(xi * prior.eigenvalues.sqrt(), d)
-        draws.append(_solve(near.precision, curvature, prior, right, tolerance, iterations)[0])
+        right = near.precision_root(eta) + idct(xi * eigenvalues.sqrt(), d)
+        draws.append(conjugate_gradients(matvec, right, precondition, tolerance, iterations)[0])
     return torch.stack(draws)
-
-
-def _solve(
-    local: Callable[[Tensor], Tensor], curvature: float, prior: GaussianField, right: Tensor, tolerance: float, iterations: int
-) -> Tensor:
-    d, eigenvalues = len(prior.grid_shape), prior.eigenvalues
-
-    def matvec(x: Tensor) -> Tensor:
-        return local(x) + idct(dct(x, d) * eigenvalues, d)
-
-    def precondition(x: Tensor) -> Tensor:
-        return idct(dct(x, d) / (eigenvalues + curvature), d)
-
-    return conjugate_gradients(matvec, right, precondition, tolerance, iterations)

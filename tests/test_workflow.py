@@ -13,6 +13,7 @@ from probmed.metrics import dice
 from probmed.simulation import SimulatedSubject, simulate_subject
 from probmed.transforms import Affine
 from probmed.volumes import UnusableInput, Volume
+from probmed.workflows.preparation import prepare
 from probmed.workflows.segmentation import SegmentationResult, Settings, segment, tempering_of
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,19 @@ def test_a_stripped_brain_is_told_from_a_head(atlas: LabelAtlas) -> None:
     assert result.stripped
     assert result.names == ("GM", "WM", "CSF")
     assert min(tissue_dice(result, subject)[:2]) > 0.85
-    assert bool((result.labels[subject.image.data == subject.image.data.min()] == 0).all())
+    assert bool((result.labels[subject.image.data == 0] == 0).all())
+
+
+@pytest.mark.parametrize("floor", [0.0, -0.5])
+def test_a_head_without_its_air_is_no_brain(atlas: LabelAtlas, floor: float) -> None:
+    """Scanners' software sets the air to zero, and with as many voxels gone a head is no larger than a brain with its fluid may be."""
+    head = simulate_subject(atlas, 4.0, 7, noise="rician", noise_sd=0.03)
+    data = head.image.data.masked_fill(head.fractions.argmax(0) == head.names.index("air"), floor)
+    data[0, 0, 0] = min(floor, -0.1)
+    upper = head.grid.cropped((0, 0, 26), head.grid.shape)
+    volume = Volume.from_grid(data[:, :, 26:], upper)
+    assert float((volume.data != floor).sum()) * upper.voxel_volume / 1e6 < 3.2  # litres
+    assert not prepare([volume], atlas, 4.0, 15.0, 0, torch.device("cpu")).stripped
 
 
 def test_channels_on_different_grids(atlas: LabelAtlas, head: SimulatedSubject) -> None:

@@ -16,7 +16,9 @@ from probmed.transforms import Affine
 from probmed.volumes import UnusableInput, Volume, foreground_unit
 
 _CONSTANT_SHARE = 0.15
-_LARGEST_BRAIN_LITRES = 2.9  # of brain and the fluid around it, in the simulations; whole heads start above three
+_SURE_LITRES = 2.0  # a brain with some of its fluid
+_LARGEST_LITRES = 3.2  # a brain with all of it, in the simulations; heads whose air was set to zero start at 2.5
+_SURE_GROWTH = 1.1  # of volume from a brain to the atlas's, which is large; a head that is taken for a brain has to shrink
 _SHELL_MM = (6.0, 18.0)
 
 
@@ -74,23 +76,10 @@ def prepare(
     coarse_grid = grid.subsampled(steps)
     coarse = image[:, :: steps[0], :: steps[1], :: steps[2]]
     first = coarse[0].nan_to_num(0.0).cpu()
-    bare, shell = atlas.stripped(), torch.zeros(())
-    # A scanner's background is noise; an exactly constant one was made by software, which may have removed the skull as well.
-    constant = first == first.min()
-    litres = float((~constant).sum()) * coarse_grid.voxel_volume / 1e6
-    suspicious = float(constant.float().mean()) > _CONSTANT_SHARE and litres < _LARGEST_BRAIN_LITRES
-    start = align(first, coarse_grid, bare if suspicious else atlas, seed=seed).matrix
-    stripped = False
-    if suspicious:
-        distance = distance_from_brain(atlas, start, coarse_grid)
-        above = Affine(start)(coarse_grid.coordinates())[..., 2] > 0
-        shell = (distance > _SHELL_MM[0]) & (distance < _SHELL_MM[1]) & above
-        stripped = not bool(shell.any()) or float(constant[shell].float().mean()) > 0.7
-        if not stripped:
-            start = align(first, coarse_grid, atlas, seed=seed).matrix
+    stripped, start = _stripped_and_aligned(first, coarse_grid, atlas, seed)
     if stripped:
         # Zeros outside a stripped brain are not an observation of anything.
-        background = image == image.flatten(1).nan_to_num(torch.inf).amin(1).reshape(-1, 1, 1, 1)
+        background = torch.stack([_is_commonest(channel) for channel in image])
         image = image.masked_fill(background.all(0) | (background & (image == 0)), torch.nan)
         coarse = image[:, :: steps[0], :: steps[1], :: steps[2]]
         atlas = _without_outside(atlas)
@@ -101,6 +90,36 @@ def prepare(
     return Prepared(
         image, grid, torch.stack(units), torch.stack(offsets), stripped, atlas, start, points, points.gather(coarse)
     )
+
+
+def _stripped_and_aligned(image: Tensor, grid: Grid, atlas: LabelAtlas, seed: int) -> tuple[bool, Tensor]:
+    """Whether the brain stands alone, and the affine from the scan's world to the atlas's, mm.
+
+    A scanner's background is noise; an exactly constant one was made by software, which may have removed the skull as well. It has where the shell around
+    the brain is constant too. With the brain's atlas a head would always look so: it shrinks until the whole of it is brain. What is larger than a
+    brain, or shrinks, is therefore aligned as a head first.
+
+    Arguments:
+        image: ``(*grid.shape)``.
+    """
+    constant = _is_commonest(image)
+    litres = float((~constant).sum()) * grid.voxel_volume / 1e6
+    if float(constant.float().mean()) <= _CONSTANT_SHARE or litres > _LARGEST_LITRES:
+        return False, align(image, grid, atlas, seed=seed).matrix
+    bare = align(image, grid, atlas.stripped(), seed=seed).matrix
+    sure = litres < _SURE_LITRES and float(torch.linalg.det(bare)) > _SURE_GROWTH
+    start = bare if sure else align(image, grid, atlas, seed=seed).matrix
+    distance = distance_from_brain(atlas, start, grid)
+    above = Affine(start)(grid.coordinates())[..., 2] > 0
+    shell = (distance > _SHELL_MM[0]) & (distance < _SHELL_MM[1]) & above
+    if not bool(shell.any()) or float(constant[shell].float().mean()) > 0.8:
+        return True, bare
+    return False, align(image, grid, atlas, seed=seed).matrix if sure else start
+
+
+def _is_commonest(image: Tensor) -> Tensor:
+    """Where an image has its commonest value, which a background has that software made."""
+    return image == image[~image.isnan()].mode().values
 
 
 def distance_from_brain(atlas: LabelAtlas, start: Tensor, grid: Grid) -> Tensor:
