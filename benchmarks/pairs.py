@@ -42,8 +42,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SimpleITK B-spline": ("sitk_bspline", {}),
     "SimpleITK demons": ("sitk_demons", {}),
 }
-FEW = {("ibsr18", "ANTs SyNCC"): 8}
-"""Pairs at most, where a method takes many minutes for each."""
+FEW = {
+    ("msd_hippocampus", "ANTs SyNCC"): 30,
+    ("msd_hippocampus", "SimpleITK B-spline"): 30,
+    ("ibsr18", "ANTs SyNCC"): 4,
+    ("ibsr18", "SimpleITK B-spline"): 8,
+    ("ibsr18", "probmed, 20 draws"): 8,
+}
+"""Pairs at most, where a method takes half a minute or more for each."""
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,8 @@ def _sitk_field(sitk: Any, transform: Any, fixed: Any) -> Displacement:
     return Displacement(grid, torch.from_numpy(np.moveaxis(vectors, -1, 0).astype(np.float32)))
 
 
-def sitk_bspline(mesh: int = 8) -> Method:
-    """SimpleITK: affine, then cubic B-splines, by mutual information."""
+def sitk_bspline(spacing_mm: float = 15.0) -> Method:
+    """SimpleITK: affine, then cubic B-splines with knots that far apart, by mutual information."""
     sitk: Any = importlib.import_module("SimpleITK")
 
     def run(moving: Path, fixed: Path) -> Outcome:
@@ -146,7 +146,8 @@ def sitk_bspline(mesh: int = 8) -> Method:
         start = time.perf_counter()
         first = _sitk_affine(sitk, f, m)
         method = _sitk_method(sitk, [2, 1], f)
-        spline = sitk.BSplineTransformInitializer(f, [mesh] * f.GetDimension(), 3)
+        mesh = [max(2, round(n * h / spacing_mm)) for n, h in zip(f.GetSize(), f.GetSpacing(), strict=True)]
+        spline = sitk.BSplineTransformInitializer(f, mesh, 3)
         method.SetMovingInitialTransform(first)
         method.SetInitialTransform(spline, inPlace=False)
         method.SetOptimizerAsLBFGSB(gradientConvergenceTolerance=1e-5, numberOfIterations=50, maximumNumberOfCorrections=5)
@@ -157,7 +158,7 @@ def sitk_bspline(mesh: int = 8) -> Method:
     return run
 
 
-def sitk_demons(iterations: int = 50, sd: float = 1.5) -> Method:
+def sitk_demons(iterations: int = 50, sd: float = 1.0) -> Method:
     """SimpleITK: affine, histograms matched, then diffeomorphic demons on two scales."""
     sitk: Any = importlib.import_module("SimpleITK")
 

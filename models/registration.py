@@ -29,6 +29,9 @@ from probmed.similarities import Similarity
 from probmed.transforms import Displacement, Transform, Velocity, physical_gradient, warp
 
 
+_SMALLEST_DETERMINANT = 0.15  # of half the flow
+
+
 class Registration(PyroModule):
     """Two images of one anatomy.
 
@@ -148,7 +151,7 @@ class Linearisation:
     """The log likelihood near a velocity.
 
     Arguments:
-        log_joint: tempered log likelihood and log prior of the similarity's latents, nats.
+        log_joint: tempered log likelihood and log prior of the similarity's latents, nats; −∞ where half the flow all but folds on its lattice.
         gradient: of the former in the velocity, ``(d, *velocity.shape)``, nats per mm.
         latents: of the similarity, maximised at this velocity.
         slopes: ∇m of the moved image halfway, ``(C, d, *shape)``, mm⁻¹.
@@ -226,7 +229,11 @@ def linearise(
     value = tempering * similarity.distribution(moved, latents).log_prob(fixed).sum() + similarity.log_prior(moved, latents).sum()
     middle = carried(moving, half, math.nan)
     slopes = physical_gradient(middle.movedim(0, -1), grid).nan_to_num(0.0).movedim((-2, -1), (0, 1))
-    volume = along_axes(back.jacobian_determinant(lattice, velocity.dtype, velocity.device), matrices)
+    determinant = back.jacobian_determinant(lattice, velocity.dtype, velocity.device)
+    if float(determinant.min()) < _SMALLEST_DETERMINANT:
+        # The flow has no folds, its sampled composition may: there the lattice is too coarse for this velocity.
+        value = torch.full_like(value, -math.inf)
+    volume = along_axes(determinant, matrices)
     both = torch.cat(similarity.newton(moved, fixed, latents))
     pulled, curvature = (carried(both, back, 0.0) * (tempering * volume)).chunk(2)
     gradient = along_axes(torch.einsum("cd...,c...->d...", slopes, pulled), [m.T for m in matrices])

@@ -153,6 +153,22 @@ class Displacement(Transform):
                 return Displacement(self.grid, back.movedim(-1, -self.ndim - 1), self.field)
         raise ValueError(f"the displacement has no inverse: the fixed point still moves by {update.abs().max():.3g} mm")
 
+    def with_exact_inverse(self, sweeps: int = 5) -> Displacement:
+        """With an inverse that undoes this field at every node, and not only in the limit of small steps as exp(−v) does for exp(v).
+
+        Each sweep is one of the fixed point u⁻(x) = −u(x + u⁻(x)), from the inverse that is known.
+
+        Raises:
+            ValueError: where none is known.
+        """
+        if self.opposite is None:
+            raise ValueError("expected a displacement with a known inverse to start from; inverse() finds one from nothing")
+        points = self.grid.coordinates(self.field.dtype, self.field.device)
+        back = self.opposite
+        for _ in range(sweeps):
+            back = -sample(self.field, self.grid, points + back.movedim(-self.ndim - 1, -1), fill="edge")
+        return Displacement(self.grid, self.field, back)
+
     def after(self, other: Displacement) -> Displacement:
         """This map after another one on the same grid, as one field: u_other + u ∘ (id + u_other)."""
         if other.grid != self.grid:

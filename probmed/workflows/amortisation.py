@@ -171,7 +171,7 @@ class TrainedRegistration:
         """Untrained; same seed, same weights."""
         lattice = grid.at_spacing([2 * h for h in grid.spacing])
         shortest = min(n * h for n, h in zip(grid.shape, grid.spacing, strict=True))
-        prior = SmoothVelocity(lattice, settings.sd_mm or shortest / 15, settings.length_mm or shortest / 3, settings.alpha)
+        prior = SmoothVelocity(lattice, settings.sd_mm or shortest / 25, settings.length_mm or shortest / 3, settings.alpha)
         similarity: Similarity = GaussianNoise()
         if settings.similarity == "correlation":
             similarity = LocalCorrelation(settings.radius, settings.noise, ndim=grid.ndim)
