@@ -111,6 +111,8 @@ def align_images(
     rigid = d * (d + 1) // 2
     spacing_mm = max(n * h for n, h in zip(grid.shape, grid.spacing, strict=True)) / 60 if spacing_mm is None else spacing_mm
     (fixed, grid), (moving, moving_grid) = averaged(fixed, grid, spacing_mm), averaged(moving, moving_grid, spacing_mm)
+    if bool(fixed.isnan().all()) or bool(moving.isnan().all()):
+        raise ValueError("the alignment found no overlap between the images: one of them has no values")
     world, values = _random_points(fixed, grid, points, seed)
     label = torch.bucketize(values, _edges(values, bins)[1:-1])
     edges = _edges(moving[~moving.isnan()], bins)

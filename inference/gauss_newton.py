@@ -121,12 +121,19 @@ def newton_direction(near: Quadratic, prior: GaussianField, field: Tensor, toler
 
 
 def field_draws(
-    near: Quadratic, prior: GaussianField, count: int, generator: torch.Generator | None = None, tolerance: float = 1e-2, iterations: int = 200
+    near: Quadratic,
+    prior: GaussianField,
+    count: int,
+    generator: torch.Generator | None = None,
+    tolerance: float = 1e-2,
+    iterations: int = 200,
+    callback: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Departures from the mode, ``(count, d, *shape)``, of covariance (H + Λ)⁻¹.
 
     Arguments:
         tolerance: of each draw's error relative to the draw, both in the norm of H + Λ.
+        callback: called with the number of draws made so far.
     """
     like = {"dtype": near.gradient.dtype, "device": near.gradient.device}
     d, eigenvalues = len(prior.grid_shape), prior.eigenvalues
@@ -141,4 +148,6 @@ def field_draws(
         xi = torch.randn(1, *prior.event_shape, generator=generator, **like)  # type: ignore[call-overload]
         right = near.precision_root(eta) + idct(xi * eigenvalues.sqrt(), d)
         draws.append(conjugate_gradients(matvec, right, precondition, tolerance, iterations)[0])
+        if callback is not None:
+            callback(len(draws))
     return torch.stack(draws)

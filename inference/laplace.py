@@ -24,7 +24,7 @@ from probmed.scores import Scores
 
 LinearMap = Callable[[Tensor], Tensor]
 
-_COARSE = 2048  # coefficients: a Cholesky factor of a fraction of a second
+_COARSE = 1000  # coefficients: a Cholesky factor of a fraction of a second, and its use cheaper than a DCT of a large image
 
 
 def laplace_draws(
@@ -109,16 +109,17 @@ def field_preconditioner(blocks: Tensor, prior: GaussianField, coarse: int = _CO
         dense = dense.unflatten(2 + 2 * axis, (b.shape[1], b.shape[1]))
     axes = len(shape)
     dense = dense.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)).flatten(0, axes).flatten(1)
-    low = tuple(slice(b.shape[1]) for b in bases)
-    root = torch.linalg.cholesky(dense + torch.diag(like[low].double().flatten().repeat(d)))
+    spectrum = tuple(slice(b.shape[1]) for b in bases)
+    low: tuple[Any, ...] = (..., *spectrum)
+    root = torch.linalg.cholesky(dense + torch.diag(like[spectrum].double().flatten().repeat(d)))
     others = like + float(blocks.diagonal().mean())
 
     def precondition(x: Tensor) -> Tensor:
         coefficients = dct(x, axes)
-        broad = coefficients[(..., *low)]
+        broad = coefficients[low]
         solved = torch.cholesky_solve(broad.flatten(1).double().T, root).T.reshape(broad.shape)
         coefficients = coefficients / others.to(x)
-        coefficients[(..., *low)] = solved.to(x)
+        coefficients[low] = solved.to(x)
         return idct(coefficients, axes)
 
     return precondition

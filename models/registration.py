@@ -28,7 +28,6 @@ from probmed.priors import DeformationPrior, SmoothVelocity
 from probmed.similarities import Similarity
 from probmed.transforms import Displacement, Transform, Velocity, physical_gradient, warp
 
-
 _SMALLEST_DETERMINANT = 0.15  # of half the flow
 
 

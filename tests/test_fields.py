@@ -242,3 +242,34 @@ def test_float32_fields_stay_float32() -> None:
     field = GaussianField((4, 4), (1.0, 1.0), torch.tensor(1.0, dtype=torch.float32), 0.5)
     assert field.rsample().dtype == torch.float32
     assert field.log_prob(field.rsample()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("shape", "spacing"), GRIDS)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_divergence_of_two_fields_is_that_of_dense_algebra(
+    shape: tuple[int, ...], spacing: tuple[float, ...], channels: int
+) -> None:
+    numbers = ((1.7, 0.4, 2.0), (0.6, 0.9, 1.5))
+    fields, dense = [], []
+    for strength, kappa, alpha in numbers:
+        loc = torch.randn(channels, *shape)
+        fields.append(GaussianField(shape, spacing, strength, kappa, alpha, channels, loc))
+        precision = dense_precision(shape, spacing, strength, kappa, alpha, channels)
+        dense.append(torch.distributions.MultivariateNormal(loc.flatten(), precision_matrix=precision))
+    expected = torch.distributions.kl_divergence(dense[0], dense[1])
+    close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(torch.distributions.kl_divergence(fields[0], fields[1]), expected, **close)
+    itself = torch.distributions.kl_divergence(fields[0], fields[0])
+    torch.testing.assert_close(itself, torch.zeros(()), **close)
+
+
+def test_divergence_of_batches_is_that_of_each_and_of_other_shapes_is_refused() -> None:
+    strength = torch.tensor([0.5, 2.0])
+    q, p = GaussianField((3, 4), (1.0, 2.0), strength, 0.5), GaussianField((3, 4), (1.0, 2.0), 1.0, 0.8, loc=0.3)
+    both = torch.distributions.kl_divergence(q, p)
+    assert both.shape == (2,)
+    for value, each in zip(both, strength, strict=True):
+        one = GaussianField((3, 4), (1.0, 2.0), each, 0.5)
+        torch.testing.assert_close(value, torch.distributions.kl_divergence(one, p))
+    with pytest.raises(ValueError, match="one shape"):
+        torch.distributions.kl_divergence(p, GaussianField((4, 3), (1.0, 2.0)))

@@ -1,4 +1,4 @@
-"""The report and the files of a segmented scan: geometry, orientation, completeness, repeatability."""
+"""The reports of a segmented scan and of a registered pair, the files of the scan: geometry, orientation, completeness, repeatability."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ import torch
 from results import TRANSLATION, tiny_atlas, tiny_result, write_tiny_scan
 
 from probmed.atlases import LabelAtlas
-from probmed.report import figures, segmentation_page
+from probmed.grids import Grid
+from probmed.report import figures, pair_figures, registration_page, segmentation_page
 from probmed.report.palette import is_grey, label_colours
 from probmed.report.planes import Orientation, bounding_box, centre_of, planes_through, window
-from probmed.volumes import UnusableInput, read_labels, read_scan
+from probmed.transforms import Affine, Displacement
+from probmed.volumes import UnusableInput, Volume, read_labels, read_scan
 from probmed.workflows.outputs import output_names, staged, warp_grid, write_segmentation
+from probmed.workflows.propagation import propagate
 from probmed.workflows.provenance import Provenance
+from probmed.workflows.registration import RegistrationResult, RegistrationSettings, register
 from probmed.workflows.segmentation import SegmentationResult
 
 nib: Any = nibabel  # its classes are partly untyped
@@ -294,3 +298,96 @@ def test_label_names_that_bids_does_not_allow() -> None:
 
 def test_atlas_fixture_is_an_atlas() -> None:
     assert isinstance(tiny_atlas(), LabelAtlas)
+
+
+# A registered pair.
+
+
+def pair(shape: tuple[int, ...], affine: np.ndarray, draws: int = 3, **settings: Any) -> RegistrationResult:
+    """A ball that is the larger on the moving image, and off the middle so that a flip would be seen."""
+    d = len(shape)
+    grid = Grid(shape, torch.from_numpy(affine[np.ix_([*range(d), 3], [*range(d), 3])]))
+    points = grid.coordinates() - torch.tensor([2.0, 1.0, 0.0][:d])
+    images = [1 / (1 + torch.exp(points.norm(dim=-1) - radius)) for radius in (6.0, 5.0)]
+    noise = 0.01 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    moving, fixed = (Volume(image + n, grid, affine) for image, n in zip(images, noise, strict=True))
+    return register(moving, fixed, draws=draws, device="cpu", settings=RegistrationSettings(**settings))
+
+
+TURNED = np.array([[0, 0, 1.2, -9], [-1.0, 0, 0, 8], [0, 1.5, 0, -10], [0, 0, 0, 1]])
+FLAT = np.array([[0, 1.0, 0, -9], [-1.0, 0, 0, 10], [0, 0, 2, 0], [0, 0, 0, 1]])
+
+
+def pair_page(result: RegistrationResult, **options: Any) -> str:
+    return registration_page(result, Provenance("probmed register a&b", 0, {"x": "0"}, {"torch": "2"}), "m to f", **options)
+
+
+@pytest.mark.parametrize(("shape", "affine"), [((18, 14, 16), TURNED), ((20, 18), FLAT)], ids=["3D", "2D"])
+def test_page_of_a_pair_is_whole_and_needs_nothing_else(shape: tuple[int, ...], affine: np.ndarray) -> None:
+    result = pair(shape, affine)
+    labels = Volume((result.moving.data > 0.5).long() * 7, result.moving.grid, affine)
+    text = pair_page(result, propagation=propagate(labels, result, {7: "<ball>"}))
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.sources) == 7
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "http" not in text
+    for wanted in ("a&amp;b", "&lt;ball&gt;", "local correlation", "95 %", "folds", "exp(v)", "torch 2", f"{result.correlation[2]:.3f}"):
+        assert wanted in text, wanted
+
+
+def test_page_of_an_affine_pair_says_what_is_not_there() -> None:
+    result = pair((20, 18), FLAT, draws=0, deformable=False)
+    text = pair_page(result)
+    assert text == pair_page(result)
+    page = _Page()
+    page.feed(text)
+    assert page.open == [] and len(page.sources) == 3
+    for wanted in ("affine map only", "No draws", "No deformation was fitted"):
+        assert wanted in text, wanted
+
+
+@pytest.mark.parametrize(("shape", "affine"), [((18, 14, 16), TURNED), ((20, 18), FLAT)], ids=["3D", "2D"])
+def test_cuts_of_a_pair_show_what_the_whole_images_have_there(shape: tuple[int, ...], affine: np.ndarray) -> None:
+    """Whatever the order of the file's axes, every plane's pixels are those voxels of the moved image and of the warp."""
+    result = pair(shape, affine)
+    view = pair_figures.PairView.of(result)
+    assert len(view.cuts) == (3 if len(shape) == 3 else 1)
+    whole = result.moved.nan_to_num(0.0).double()
+    for cut in view.cuts:
+        index = tuple(cut.voxels.long().unbind(-1))
+        shown = torch.from_numpy(np.nan_to_num(cut.moved[2]))
+        expected = whole[index]
+        assert torch.corrcoef(torch.stack([shown.flatten(), expected.flatten()]))[0, 1] > 0.999
+        np.testing.assert_allclose(cut.determinant, result.determinant[index].numpy(), rtol=1e-6)
+        assert cut.sd is not None and result.sd is not None
+        np.testing.assert_allclose(cut.sd, result.sd.norm(dim=0)[index].numpy(), rtol=1e-5)
+        # Rows and columns of the picture run along the axes that the cut names.
+        for side, axis in enumerate(cut.axes):
+            steps = cut.voxels.diff(dim=side)
+            assert (steps[..., axis].abs() == 1).all()
+            assert (steps.abs().sum(-1) == 1).all()
+
+
+def test_a_warped_grid_moves_with_the_moving_image() -> None:
+    """A known shift along x: where the picture shows a place of the moving image is where the deformation has brought it."""
+    result = pair((20, 18), FLAT)
+    grid = result.fixed.grid
+    field = torch.zeros(2, *grid.shape)
+    field[0] = 3.0
+    result.affine = Affine.identity(2)
+    result.transform = Displacement(grid, field)
+    (cut,) = pair_figures.PairView.of(result).cuts
+    moved = torch.from_numpy(np.asarray(cut.carried)) - cut.voxels[..., list(cut.axes)]
+    # x runs along the columns of the picture, and along the second axis of the file, a voxel a millimetre.
+    torch.testing.assert_close(moved[..., 1], torch.full_like(moved[..., 1], 3.0))
+    torch.testing.assert_close(moved[..., 0], torch.zeros_like(moved[..., 0]))
+
+
+def test_folding_is_marked() -> None:
+    result = pair((20, 18), FLAT)
+    result.determinant[9:11, 9:11] = -1.0
+    figure = pair_figures.jacobian(pair_figures.PairView.of(result))
+    black = figure.axes[0].images[1].get_array()
+    assert black is not None and int((np.asarray(black)[..., 3] == 1).sum()) == 4

@@ -235,6 +235,29 @@ def test_default_flows_do_not_fold() -> None:
         assert flow.inverse().jacobian_determinant(grid, torch.float64).min() > 0
 
 
+@pytest.mark.parametrize(
+    ("d", "size", "alpha"),
+    [
+        (2, 12, 2.0),
+        (2, 48, 2.0),
+        (3, 12, 3.0),
+        (3, 24, 3.0),
+        # With α = 2 a field in 3D has no derivative: the finer the grid, the steeper the draws, and some fold.
+        pytest.param(3, 32, 2.0, marks=pytest.mark.xfail(reason="rough draws fold on fine grids")),
+    ],
+)
+def test_draws_of_the_prior_of_registration_do_not_fold(d: int, size: int, alpha: float) -> None:
+    """With the standard deviation and length that `register` takes from the field of view."""
+    extent = 192.0
+    grid = Grid.from_spacing((size,) * d, extent / size)
+    prior = SmoothVelocity(grid, extent / 15, extent / 3, alpha).prior()
+    for _ in range(10):
+        flow = Velocity(grid, prior.rsample()).exp()
+        assert flow.field.abs().max() > 5
+        for each in (flow, flow.inverse()):
+            assert each.jacobian_determinant(grid, torch.float64).min() > 0
+
+
 @DIMENSIONS
 def test_squarings_follow_the_largest_velocity(d: int) -> None:
     grid = oblique(d)

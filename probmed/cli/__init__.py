@@ -15,11 +15,11 @@ from typing import Annotated
 import typer
 
 from probmed import __version__
-from probmed.cli import demo, models, segment, train, warp
+from probmed.cli import demo, models, register, segment, train, warp
 
 app = typer.Typer(
     name="probmed",
-    help="Probabilistic models of medical images: segmentations whose volumes come with intervals.",
+    help="Probabilistic models of medical images: segmentation and registration, with uncertainty.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(segment.segment)
+app.command()(register.register)
 app.command()(warp.warp)
 app.command()(train.train)
 app.command()(models.models)

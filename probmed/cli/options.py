@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -72,3 +73,8 @@ def remove_if_empty(folders: list[Path]) -> None:
             folder.rmdir()
         except OSError:
             return
+
+
+def load_amortisation() -> Any:
+    """Training and networks, when first asked for: MONAI and Fabric take seconds to import, which no other command should have to wait for."""
+    return importlib.import_module("probmed.workflows.amortisation")

@@ -18,6 +18,7 @@ from probmed.cli.options import (
     QuietOption,
     SeedOption,
     check_device,
+    load_amortisation,
     make_folder,
     remove_if_empty,
 )
@@ -124,11 +125,6 @@ def train(
     if not quiet and fabric.is_global_zero:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "folding"))
         typer.echo(f"{out}: {int(log[-1]['step'])} steps, {numbers}")
-
-
-def load_amortisation() -> Any:
-    """Training and networks, when first asked for: MONAI and Fabric take seconds to import, which no other command should have to wait for."""
-    return importlib.import_module("probmed.workflows.amortisation")
 
 
 def read_table(path: Path) -> Any:

@@ -1,22 +1,18 @@
-"""The report's figures, each a function of a result; matplotlib's global state is not touched."""
+"""The figures of a segmented scan, each a function of a result."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from probmed.report.palette import ACCENT, FAINT, INK, label_colours, rgb
+from probmed.report.panels import WIDTH, bare_axes, blank_figure, colour_bar, coloured, grey, name_sides, panels
 from probmed.report.planes import (
     Array,
     Orientation,
@@ -30,8 +26,6 @@ from probmed.report.planes import (
 )
 from probmed.workflows.segmentation import SegmentationResult
 
-_WIDTH = 9.6  # inches
-_DPI = 100
 _MARGIN_MM = 12.0
 
 
@@ -93,14 +87,14 @@ class View:
 
 def segmentation(view: View) -> Figure:
     """The scan and the labels over it, in three planes."""
-    figure, axes = _panels(view.planes, 2, ["scan", "labels"])
+    figure, axes = panels(view.planes, 2, ["scan", "labels"])
     limits = window(view.scan, view.brain > 0.5)
     for column, plane in enumerate(view.planes):
-        _grey(axes[0][column], plane, view.scan, limits)
-        _grey(axes[1][column], plane, view.scan, limits)
+        grey(axes[0][column], plane.cut(view.scan), limits)
+        grey(axes[1][column], plane.cut(view.scan), limits)
         _tint(axes[1][column], plane, view)
-        _sides(axes[0][column], plane)
-        _sides(axes[1][column], plane)
+        name_sides(axes[0][column], plane)
+        name_sides(axes[1][column], plane)
     return figure
 
 
@@ -113,39 +107,39 @@ def slices(view: View, count: int = 12) -> Figure | None:
     columns = 6
     width, height = planes[0].size
     rows = math.ceil(len(planes) / columns)
-    figure = _figure(_WIDTH, _WIDTH / columns * height / width * rows)
+    figure = blank_figure(WIDTH, WIDTH / columns * height / width * rows)
     limits = window(view.scan, view.brain > 0.5)
     for i, plane in enumerate(planes):
         axis = figure.add_axes(
             ((i % columns) / columns, 1 - (i // columns + 1) / rows, 0.99 / columns, 0.99 / rows)
         )
-        _grey(axis, plane, view.scan, limits)
+        grey(axis, plane.cut(view.scan), limits)
         _tint(axis, plane, view)
-        _sides(axis, plane)
+        name_sides(axis, plane)
     return figure
 
 
 def posterior(view: View) -> Figure:
     """p(S = k | I) of each brain label, and the entropy."""
     names = list(view.probabilities)
-    figure, axes = _panels(
+    figure, axes = panels(
         view.planes, len(names) + 1, [f"p({name})" for name in names] + ["entropy"], bars=True
     )
     for row, name in enumerate(names):
         shown = None
         for column, plane in enumerate(view.planes):
-            shown = _map(axes[row][column], plane, view.probabilities[name], "magma", Normalize(0.0, 1.0))
-        _bar(figure, axes[row][-1], shown, "")
+            shown = coloured(axes[row][column], plane.cut(view.probabilities[name]), "magma", Normalize(0.0, 1.0))
+        colour_bar(figure, axes[row][-1], shown, "")
     top = max(math.log(2), float(np.quantile(view.entropy, 0.9999)))
     for column, plane in enumerate(view.planes):
-        shown = _map(axes[-1][column], plane, view.entropy, "viridis", Normalize(0.0, top))
-    _bar(figure, axes[-1][-1], shown, "nats")
+        shown = coloured(axes[-1][column], plane.cut(view.entropy), "viridis", Normalize(0.0, top))
+    colour_bar(figure, axes[-1][-1], shown, "nats")
     return figure
 
 
 def bias(view: View, channel: int) -> Figure:
     """A channel as it was, its bias field, and corrected."""
-    figure, axes = _panels(view.planes, 3, ["scan", "field", "corrected"], bars=True)
+    figure, axes = panels(view.planes, 3, ["scan", "field", "corrected"], bars=True)
     inside = view.brain > 0.5
     field = view.bias[channel]
     reach = float(np.abs(np.log(np.clip(field[inside], 1e-6, None))).max()) if inside.any() else 0.0
@@ -153,10 +147,10 @@ def bias(view: View, channel: int) -> Figure:
     scale = TwoSlopeNorm(1.0, 1 / span, span)
     shown = None
     for column, plane in enumerate(view.planes):
-        _grey(axes[0][column], plane, view.scans[channel], window(view.scans[channel], inside))
-        shown = _map(axes[1][column], plane, field, "RdBu_r", scale)
-        _grey(axes[2][column], plane, view.corrected[channel], window(view.corrected[channel], inside))
-    _bar(figure, axes[1][-1], shown, "×")
+        grey(axes[0][column], plane.cut(view.scans[channel]), window(view.scans[channel], inside))
+        shown = coloured(axes[1][column], plane.cut(field), "RdBu_r", scale)
+        grey(axes[2][column], plane.cut(view.corrected[channel]), window(view.corrected[channel], inside))
+    colour_bar(figure, axes[1][-1], shown, "×")
     for row in (0, 2):
         axes[row][-1].set_axis_off()
     return figure
@@ -164,7 +158,7 @@ def bias(view: View, channel: int) -> Figure:
 
 def histogram(view: View, result: SegmentationResult, channel: int) -> Figure:
     """Corrected intensities where the brain is, and the fitted Gaussians."""
-    figure = _figure(_WIDTH, 3.2)
+    figure = blank_figure(WIDTH, 3.2)
     axis = figure.add_axes((0.07, 0.17, 0.91, 0.78))
     inside = view.brain > 0.5
     values = view.corrected[channel][inside]
@@ -197,7 +191,7 @@ def histogram(view: View, result: SegmentationResult, channel: int) -> Figure:
     axis.set_ylabel("density")
     axis.set_yticks([])
     axis.legend(frameon=False, fontsize=8.5)
-    _bare(axis)
+    bare_axes(axis)
     return figure
 
 
@@ -206,7 +200,7 @@ def volumes(result: SegmentationResult, truth: dict[str, float] | None = None) -
     table = result.volumes.set_index("name")
     names = [name for name in table.index if name in result.brain] or list(table.index)
     colours = label_colours(result.names, result.colours, names)
-    figure = _figure(_WIDTH, 0.72 * len(names) + 0.35)
+    figure = blank_figure(WIDTH, 0.72 * len(names) + 0.35)
     height = 1 / len(names)
     for i, name in enumerate(names):
         row = table.loc[name]
@@ -226,14 +220,14 @@ def volumes(result: SegmentationResult, truth: dict[str, float] | None = None) -
         axis.tick_params(axis="y", length=0, labelsize=10)
         axis.tick_params(axis="x", labelsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(6))
-        _bare(axis)
+        bare_axes(axis)
         axis.spines["left"].set_visible(False)
     return figure
 
 
 def convergence(result: SegmentationResult) -> Figure:
     """The gain of each round, nats."""
-    figure = _figure(_WIDTH, 2.4)
+    figure = blank_figure(WIDTH, 2.4)
     axis = figure.add_axes((0.09, 0.22, 0.89, 0.72))
     numbers = [r.number for r in result.rounds]
     gains = [r.gain if r.gain > 0 else math.nan for r in result.rounds]
@@ -243,95 +237,8 @@ def convergence(result: SegmentationResult) -> Figure:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("round")
     axis.set_ylabel("gain in log joint, nats")
-    _bare(axis)
+    bare_axes(axis)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as an image file; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor(), metadata={"Software": None}
-    )
-    return buffer.getvalue()
-
-
-def data_uri(figure: Figure) -> str:
-    """The figure as text that a page holds in place of a file."""
-    return "data:image/png;base64," + base64.b64encode(png(figure)).decode("ascii")
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _panels(
-    planes: Sequence[Plane], rows: int, titles: Sequence[str], bars: bool = False
-) -> tuple[Figure, list[list[Axes]]]:
-    """Rows of the same planes at one scale, titles at their left, and room for colour bars at their right."""
-    left, right, gap = 0.35, 0.75 if bars else 0.05, 0.06
-    scale = [_millimetres(plane) for plane in planes]
-    # A lone slice would otherwise fill the page.
-    room = (_WIDTH - left - right - gap * (len(planes) - 1)) * (1.0 if len(planes) > 1 else 0.5)
-    unit = room / sum(width for width, _ in scale)
-    tall = min(max(height for _, height in scale) * unit, 4.5)
-    unit = min(unit, tall / max(height for _, height in scale))
-    total = rows * (tall + gap)
-    figure = _figure(_WIDTH, total)
-    grid: list[list[Axes]] = []
-    for row in range(rows):
-        x, line = left, []
-        y = total - (row + 1) * (tall + gap) + gap
-        for width, height in scale:
-            box = (
-                x / _WIDTH,
-                (y + (tall - height * unit) / 2) / total,
-                width * unit / _WIDTH,
-                height * unit / total,
-            )
-            axis = figure.add_axes(box)
-            axis.set_axis_off()
-            line.append(axis)
-            x += width * unit + gap
-        if bars:
-            line.append(
-                figure.add_axes((x / _WIDTH, (y + 0.1 * tall) / total, 0.12 / _WIDTH, 0.8 * tall / total))
-            )
-        middle = (y + tall / 2) / total
-        figure.text(
-            0.1 / _WIDTH, middle, titles[row], rotation=90, va="center", ha="center", color=INK, fontsize=10
-        )
-        grid.append(line)
-    return figure, grid
-
-
-def _millimetres(plane: Plane) -> tuple[float, float]:
-    """Width and height to scale between planes."""
-    width, height = plane.size
-    return width * plane.step, height * plane.step
-
-
-def _grey(axis: Axes, plane: Plane, image: Array, limits: tuple[float, float]) -> None:
-    axis.imshow(
-        plane.cut(image),
-        cmap="gray",
-        vmin=limits[0],
-        vmax=limits[1],
-        origin="lower",
-        aspect="auto",
-        interpolation="bilinear",
-    )
-    axis.set_axis_off()
-
-
-def _map(axis: Axes, plane: Plane, image: Array, colours: str, scale: Normalize) -> Any:
-    shown = axis.imshow(
-        plane.cut(image), cmap=colours, norm=scale, origin="lower", aspect="auto", interpolation="nearest"
-    )
-    axis.set_axis_off()
-    return shown
 
 
 def _tint(axis: Axes, plane: Plane, view: View) -> None:
@@ -342,23 +249,3 @@ def _tint(axis: Axes, plane: Plane, view: View) -> None:
     axis.imshow(overlay, origin="lower", aspect="auto", interpolation="nearest")
 
 
-def _sides(axis: Axes, plane: Plane) -> None:
-    for x, side, text in zip((0.02, 0.98), ("left", "right"), plane.edges, strict=True):
-        axis.text(
-            x, 0.98, text, transform=axis.transAxes, ha=side, va="top", color="white", fontsize=8, alpha=0.9
-        )
-
-
-def _bar(figure: Figure, axis: Axes, shown: Any, unit: str) -> None:
-    bar = figure.colorbar(shown, cax=axis)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.set_title(unit, fontsize=8)
-
-
-def _bare(axis: Axes) -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(FAINT)
-    axis.tick_params(colors=INK)

@@ -1,4 +1,4 @@
-"""The HTML page of a segmented scan."""
+"""The HTML pages of a segmented scan and of a registered pair."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from probmed import __version__
-from probmed.report import figures
+from probmed.report import figures, pair_figures
+from probmed.report.panels import data_uri
+from probmed.workflows.propagation import Propagation
 from probmed.workflows.provenance import Provenance
+from probmed.workflows.registration import RegistrationResult
+from probmed.workflows.registration_outputs import total_sd
 from probmed.workflows.segmentation import SegmentationResult
 
 _TEMPLATES = jinja2.Environment(
@@ -32,6 +37,21 @@ _SYMBOLS = (
     ("θ", "means and covariances of the labels' Gaussians"),
     ("T", "the atlas's probabilities, weighted by w"),
 )
+
+
+_PAIR_SYMBOLS = (
+    ("f", "the fixed image"),
+    ("m", "the moving image"),
+    ("A", "the affine map"),
+    ("v", "the velocity, a smooth Gaussian field, whose flow exp(v) is the deformation"),
+    ("θ", "the similarity's own unknowns"),
+)
+_SIMILARITIES = {
+    "correlation": "local correlation",
+    "gaussian": "Gaussian noise",
+    "student": "Student's t noise",
+    "mixture": "conditional mixture, for images of different contrast",
+}
 
 
 def segmentation_page(
@@ -72,7 +92,7 @@ def segmentation_page(
         posterior=_image(figures.posterior(view), "posterior probabilities and entropy"),
         channels=channels,
         volumes=_image(figures.volumes(result, known), "volumes with intervals"),
-        table=_volume_rows(result, truth),
+        table=_volume_rows(result.volumes, truth),
         truth=truth is not None,
         convergence=_image(figures.convergence(result), "gain of each round"),
         rounds=len(result.rounds),
@@ -96,9 +116,81 @@ def segmentation_page(
     )
 
 
+def registration_page(result: RegistrationResult, provenance: Provenance, title: str, propagation: Propagation | None = None) -> str:
+    """The report of a pair as HTML, with its images inside.
+
+    Arguments:
+        result: what was found.
+        provenance: how it was made.
+        title: the pair's name.
+        propagation: labels that were carried.
+    """
+    view = pair_figures.PairView.of(result)
+    grid, spread, ascent = pair_figures.warped_grid(view), pair_figures.spread(view), pair_figures.ascent(result)
+    refined = result.refinement
+    carried, colours = (None, {}) if propagation is None else pair_figures.carried_labels(view, propagation)
+    network = None
+    if "network" in result.seconds:
+        network = "A trained network gave the posterior."
+        if refined is not None:
+            network += f" Refined on this pair, its ELBO went from {refined.amortised:.1f} to {refined.refined:.1f} nats."
+    return _TEMPLATES.get_template("registration.html").render(
+        title=title,
+        version=__version__,
+        summary=_pair_summary(result),
+        stages=pair_figures.STAGES,
+        match=[
+            {"name": "correlation", "values": [_signed(value) for value in result.correlation]},
+            {"name": "mutual information, nats", "values": [_signed(value) for value in result.information]},
+        ],
+        blend=_image(pair_figures.blend(view), "fixed and moving image in two colours"),
+        checkerboard=_image(pair_figures.checkerboard(view), "tiles of the fixed and the moving image"),
+        grid=None if grid is None else _image(grid, "warped grid over the fixed image"),
+        jacobian=_image(pair_figures.jacobian(view), "logarithm of the Jacobian determinant"),
+        numbers=_pair_numbers(result),
+        spread=None if spread is None else _image(spread, "standard deviation of the displacement"),
+        draws=len(result.draws),
+        carried=None if carried is None else _image(carried, "carried labels over the fixed image"),
+        # A legend of a hundred regions would be longer than the page.
+        legend=list(colours.items()) if len(colours) <= 12 else [],
+        table=None if propagation is None else _volume_rows(propagation.volumes, None),
+        ascent=None if ascent is None else _image(ascent, "gain of each iteration"),
+        converged=result.converged,
+        network=network,
+        equation=[_marked_up(result.equation)],
+        symbols=_PAIR_SYMBOLS,
+        provenance=provenance,
+    )
+
+
+def _pair_summary(result: RegistrationResult) -> list[tuple[str, str]]:
+    facts = []
+    for name, volume in (("moving", result.moving), ("fixed", result.fixed)):
+        shape = " × ".join(str(n) for n in volume.shape)
+        spacing = " × ".join(f"{s:.3g}" for s in volume.spacing)
+        facts.append((name, f"{volume.path.name if volume.path else volume.name}, {shape} voxels, {spacing} mm"))
+    return [*facts, ("similarity", _SIMILARITIES[result.settings.similarity])]
+
+
+def _pair_numbers(result: RegistrationResult) -> list[tuple[str, str]]:
+    numbers = [
+        ("voxels where the map folds", f"{100 * result.folding:.3g} %"),
+        ("det Dφ", f"{float(result.determinant.min()):.3g} – {float(result.determinant.max()):.3g}"),
+    ]
+    if result.sd is not None:
+        numbers.append(("sd of the displacement, root mean square", f"{float(total_sd(result.sd).square().mean().sqrt()):.3g} mm"))
+    if result.log_joint is not None:
+        numbers.append(("log p(f, v, θ) at the mode, tempered", f"{result.log_joint:.1f} nats"))
+    return numbers
+
+
+def _signed(value: float) -> str:
+    return "n/a" if value != value else f"{value:.3f}"
+
+
 def _image(figure: Figure, description: str) -> Markup:
     width = round(figure.get_figwidth() * 100)
-    return Markup('<img src="{}" alt="{}" width="{}">').format(figures.data_uri(figure), description, width)
+    return Markup('<img src="{}" alt="{}" width="{}">').format(data_uri(figure), description, width)
 
 
 def _summary(result: SegmentationResult) -> list[tuple[str, str]]:
@@ -113,13 +205,13 @@ def _summary(result: SegmentationResult) -> list[tuple[str, str]]:
     ]
 
 
-def _volume_rows(result: SegmentationResult, truth: Sequence[dict[str, Any]] | None) -> list[dict[str, str]]:
+def _volume_rows(volumes: pd.DataFrame, truth: Sequence[dict[str, Any]] | None) -> list[dict[str, str]]:
     known = {row["name"]: row for row in truth or ()}
     rows = []
-    for row in result.volumes.to_dict("records"):
+    for row in volumes.to_dict("records"):
         entry = {
             "name": str(row["name"]),
-            "volume": f"{row['volume_ml']:.1f}",
+            "volume": _number(row["volume_ml"]),
             "sd": _number(row["sd_ml"]),
             "half": _interval(row["q250"], row["q750"]),
             "most": _interval(row["q100"], row["q900"]),
@@ -138,7 +230,8 @@ def _interval(low: float, high: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "n/a" if value != value else f"{value:.1f}"
+    """One digit behind the point, three figures where that would say little."""
+    return "n/a" if value != value else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def _marked_up(equation: str) -> Markup:

@@ -93,7 +93,8 @@ def planes_through(
     The sagittal one is moved to the side, for in the middle there is more falx than brain.
     """
     middle = list(centre)
-    middle[0] = min(middle[0] + round(_ASIDE_MM / spacing[0]), shape[0] - 1)
+    aside = min(_ASIDE_MM / spacing[0], (box[0].stop - box[0].start) / 10)
+    middle[0] = min(middle[0] + round(aside), shape[0] - 1)
     return [plane_at(name, middle[_ACROSS[name]], box, spacing) for name in PLANES if _is_shown(name, shape)]
 
 

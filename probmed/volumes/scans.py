@@ -330,10 +330,16 @@ def foreground_unit(data: Tensor) -> tuple[Tensor, Tensor]:
     """Offset and unit of an image: (data − offset) / unit is not negative and has a foreground of mean one. Scanners' units are arbitrary.
 
     Arguments:
-        data: ``(*shape)``.
+        data: ``(*shape)``, NaN where nothing is known.
+
+    Raises:
+        ValueError: where nothing is known anywhere.
     """
-    offset = data.min().clamp_max(0.0)
-    seen = data[data > data.min()] - offset
+    known = data[~data.isnan()]
+    if not len(known):
+        raise ValueError("expected an image with some values, got one of NaN alone")
+    offset = known.min().clamp_max(0.0)
+    seen = known[known > known.min()] - offset
     return offset, seen[seen > seen.mean()].mean()
 
 

@@ -47,8 +47,9 @@ from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult
 
 WARP_SPACING_MM = 3.0
+WARP_CONVENTION = "ITK displacement field: vector to the matching point, mm, LPS"
 _ABANDONED_SECONDS = 3600.0
-_COLUMNS = {
+VOLUME_COLUMNS = {
     "index": "label in the dseg image",
     "name": "label",
     "volume_ml": "expected volume, ml",
@@ -66,7 +67,7 @@ def output_names(stem: str, brain: Sequence[str], channels: int, samples: int) -
     """Names of all files of a scan: what it is → name. JSON sidecars have the same with another suffix."""
     names = {"dseg": f"{stem}_dseg.nii.gz", "labels": f"{stem}_dseg.tsv"}
     for name in brain:
-        names[f"probability {name}"] = f"{stem}_label-{_entity(name, brain)}_probseg.nii.gz"
+        names[f"probability {name}"] = f"{stem}_label-{entity(name, brain)}_probseg.nii.gz"
     names["entropy"] = f"{stem}_desc-entropy.nii.gz"
     for number in range(1, channels + 1):
         suffix = "" if number == 1 else str(number)
@@ -81,14 +82,20 @@ def output_names(stem: str, brain: Sequence[str], channels: int, samples: int) -
     return names
 
 
-def check_outputs(folder: Path, names: Iterable[str], stem: str, protect: Iterable[Path]) -> None:
-    """Refuse, before any work, to replace an input or a file that probmed did not write.
+def check_outputs(
+    folder: Path, names: Iterable[str], stem: str, protect: Iterable[Path], marker: str = "_desc-entropy.json", writer: str = "probmed"
+) -> None:
+    """Refuse, before any work, to replace an input or a file that the command did not write.
+
+    Arguments:
+        marker: the end of the name of a sidecar that this command alone writes, and always.
+        writer: what messages call the command.
 
     Raises:
         UnusableInput: naming the file.
     """
     inputs = [path for path in protect if path.exists()]
-    ours = _is_ours(folder / f"{stem}_dseg.json")
+    ours = _is_ours(folder / f"{stem}{marker}")
     for path in (folder / name for name in names):
         if not path.exists():
             continue
@@ -103,7 +110,7 @@ def check_outputs(folder: Path, names: Iterable[str], stem: str, protect: Iterab
         if not ours:
             raise UnusableInput(
                 path,
-                "exists already, and probmed did not write it",
+                f"exists already, and {writer} did not write it",
                 "move it, or choose another folder with --out",
             )
 
@@ -136,29 +143,41 @@ def write_segmentation(
             written; then none is.
     """
     names = output_names(stem, result.brain, len(result.channels), samples)
-    sidecars = [_sidecar(name) for name in names.values() if not name.endswith(".html")]
-    every = list(dict.fromkeys([*names.values(), *sidecars]))
+    every = with_sidecars(names)
     protect = list(protect)
     check_outputs(folder, every, stem, protect)
     with staged(folder, stem) as stage:
         descriptions = _write_images(result, atlas, stage, names, samples)
         (stage / names["labels"]).write_text(_label_table(result), encoding="utf-8")
-        (stage / names["volumes"]).write_text(_volume_table(result), encoding="utf-8")
-        descriptions["volumes"] = {
-            "Description": "Volumes and their posterior quantiles.",
-            **{column: {"Description": text} for column, text in _COLUMNS.items()},
-        }
+        (stage / names["volumes"]).write_text(table_text(result.volumes[list(VOLUME_COLUMNS)]), encoding="utf-8")
+        descriptions["volumes"] = described_table("Volumes and their posterior quantiles.", VOLUME_COLUMNS)
         (stage / names["report"]).write_text(page, encoding="utf-8")
-        record = provenance.record()
-        for what, description in descriptions.items():
-            content = json.dumps({**description, **record}, indent=2, ensure_ascii=False) + "\n"
-            (stage / _sidecar(names[what])).write_text(content, encoding="utf-8")
-        # Draws of an earlier run with more of them would pass for this one's.
-        stale = [p for p in folder.glob(f"{glob.escape(stem)}_desc-draw*_dseg.*") if p.name not in every]
-    for path in stale:
-        if _is_ours(path.with_name(_sidecar(path.name))) or path.suffix == ".json":
-            path.unlink(missing_ok=True)
+        write_sidecars(stage, names, descriptions, provenance)
+    remove_stale(folder, f"{glob.escape(stem)}_desc-draw*_dseg.*", every)
     return [folder / name for name in every]
+
+
+def with_sidecars(names: dict[str, str]) -> list[str]:
+    """All names with those of their sidecars, each once."""
+    return list(dict.fromkeys([*names.values(), *(sidecar(name) for name in names.values() if not name.endswith(".html"))]))
+
+
+def write_sidecars(stage: Path, names: dict[str, str], descriptions: dict[str, dict[str, Any]], provenance: Provenance) -> None:
+    """A JSON file beside each output: what it holds, and where it comes from."""
+    record = provenance.record()
+    for what, description in descriptions.items():
+        content = json.dumps({**description, **record}, indent=2, ensure_ascii=False) + "\n"
+        (stage / sidecar(names[what])).write_text(content, encoding="utf-8")
+
+
+def remove_stale(folder: Path, pattern: str, written: Iterable[str]) -> None:
+    """Remove what an earlier run wrote by a pattern and this one did not: its draws would pass for this one's."""
+    kept = set(written)
+    stale = [path for path in folder.glob(pattern) if path.name not in kept]
+    # Sidecars last, for they tell whose the images are.
+    for path in sorted(stale, key=lambda path: path.suffix == ".json"):
+        if _is_ours(path.with_name(sidecar(path.name))):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -223,7 +242,7 @@ def _write_images(
 
     labels("dseg", result.labels, "The likeliest label of each voxel.")
     described["dseg"]["SkullStripped"] = result.stripped
-    described["dseg"]["Quality"] = _plain(result.quality)
+    described["dseg"]["Quality"] = plain(result.quality)
     described["dseg"]["Converged"] = result.converged
     for name in result.brain:
         data = result.probabilities[result.names.index(name)]
@@ -240,10 +259,7 @@ def _write_images(
                 drawn,
                 "Labels drawn from the posterior, with appearance, bias and deformation.",
             )
-    convention = {
-        "Convention": "ITK displacement field: vector to the matching point, mm, LPS",
-        "SpacingMillimetres": WARP_SPACING_MM,
-    }
+    convention = {"Convention": WARP_CONVENTION, "SpacingMillimetres": WARP_SPACING_MM}
     write_warp(stage / names["to atlas"], result.inverse, warp_grid(atlas.grid))
     described["to atlas"] = {
         "Description": "Carries images from the scan to the atlas; sampled over the atlas.",
@@ -267,30 +283,37 @@ def _label_table(result: SegmentationResult) -> str:
     return pd.DataFrame(rows, columns=["index", "name", "color"]).to_csv(sep="\t", index=False)
 
 
-def _volume_table(result: SegmentationResult) -> str:
-    return result.volumes[list(_COLUMNS)].to_csv(sep="\t", index=False, float_format="%.4f", na_rep="n/a")
+def table_text(table: pd.DataFrame) -> str:
+    """As BIDS has tables."""
+    return table.to_csv(sep="\t", index=False, float_format="%.4f", na_rep="n/a", lineterminator="\n")
 
 
-def _plain(value: Any) -> Any:
+def described_table(description: str, columns: dict[str, str]) -> dict[str, Any]:
+    """What a table's sidecar says of it."""
+    return {"Description": description, **{column: {"Description": text} for column, text in columns.items()}}
+
+
+def plain(value: Any) -> Any:
     """Numbers that JSON can hold: rounded to six digits, None where not finite."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float | np.floating):
         return float(f"{value:.6g}") if np.isfinite(value) else None
     return value
 
 
-def _entity(name: str, brain: Sequence[str]) -> str:
+def entity(name: str, brain: Sequence[str]) -> str:
     """A label's name as BIDS allows it, letters and digits; its number too where that makes two the same."""
     plain = re.sub(r"[^A-Za-z0-9]", "", name)
     twins = [other for other in brain if re.sub(r"[^A-Za-z0-9]", "", other).lower() == plain.lower()]
     return plain if plain and len(twins) == 1 else f"{plain}{list(brain).index(name) + 1}"
 
 
-def _sidecar(name: str) -> str:
-    return re.sub(r"(\.nii\.gz|\.tsv)$", ".json", name)
+def sidecar(name: str) -> str:
+    """The name of the JSON file beside an output."""
+    return re.sub(r"(\.nii\.gz|\.tsv|\.mat)$", ".json", name)
 
 
 def _is_ours(sidecar: Path) -> bool:

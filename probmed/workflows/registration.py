@@ -18,13 +18,13 @@ from torch import Tensor
 
 from probmed.fields import along_axes
 from probmed.grids import Grid, averaged, interpolation_matrices, sample
-from probmed.inference.affine import align_images
+from probmed.inference.affine import align_images, mutual_information
 from probmed.inference.amortised import Refinement
 from probmed.inference.gauss_newton import FieldMode, Iteration, ascend_field, field_draws
 from probmed.models.registration import Linearisation, linearise
 from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LocalCorrelation, Similarity, StudentNoise
-from probmed.transforms import Affine, Displacement, Transform, Velocity, determinant, physical_gradient, warp
+from probmed.transforms import Affine, Composition, Displacement, Transform, Velocity, determinant, physical_gradient, warp
 from probmed.volumes import UnusableInput, Volume, read_scan, scaled
 from probmed.workflows.stages import Clock, pick_device
 
@@ -42,10 +42,11 @@ class RegistrationSettings:
         deformable: whether there is a velocity.
         levels: spacings of the pyramid, in voxels of the finest.
         finest_mm: spacing of the finest level; None for the fixed image's smallest, or what leaves at most ``_LARGEST`` voxels.
-        sd_mm, length_mm, alpha: of the velocity's prior; by default a fifteenth and a third of the field of view's shortest side.
+        sd_mm, length_mm, alpha: of the velocity's prior; by default a twenty-fifth and a third of the field of view's shortest side.
         radius: of the correlation's windows, voxels of each level. noise: τ of the correlation's windows.
         tempering: factor on the likelihood; None is the similarity's own.
         iterations: on each level. tolerance: nats per voxel.
+        apart: whether headers may place the images apart; they are then brought together from their centres of mass.
     """
 
     similarity: str = "correlation"
@@ -61,9 +62,11 @@ class RegistrationSettings:
     tempering: float | None = None
     iterations: tuple[int, ...] = (30, 20, 10, 6)
     tolerance: float = 1e-5
+    apart: bool = False
 
 
 _LARGEST = 2_000_000  # voxels of the finest level
+_SMALL = 300_000  # voxels of the fixed image
 _SMALLEST_SIDE = 8  # voxels of the coarsest
 
 
@@ -78,6 +81,8 @@ class RegistrationResult:
         sd: posterior standard deviation of the displacement, ``(d, *shape)`` mm; None without draws.
         draws: transforms from the posterior.
         correlation: of the two images where they overlap: by their headers, after the affine map, after all.
+        information: their mutual information there, nats, which also means something between contrasts.
+        log_joint: of the finest level's data and velocity, tempered, nats; None where no velocity was fitted.
         levels: spacing and iterations of each; converged: of the finest.
         refinement: ELBOs of a network's answer before and after it was refined.
     """
@@ -94,6 +99,8 @@ class RegistrationResult:
     sd: Tensor | None
     draws: list[Transform]
     correlation: tuple[float, float, float]
+    information: tuple[float, float, float]
+    log_joint: float | None
     levels: list[tuple[float, list[Iteration]]]
     converged: bool
     settings: RegistrationSettings
@@ -127,6 +134,7 @@ def register(
     seed: int = 0,
     device: str = "auto",
     settings: RegistrationSettings | None = None,
+    mask: Tensor | None = None,
     amortised: Callable[[Volume, Volume, int], Answer] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> RegistrationResult:
@@ -137,11 +145,12 @@ def register(
         draws: from the posterior of the velocity.
         seed: same seed, same result on the same machine.
         device: "auto", "cpu" or "cuda".
+        mask: ``(*fixed.shape)`` bool, the part of the fixed image that is to be matched; all of it by default.
         amortised: a network's answer for moving and fixed volumes and a number of draws (``amortisation.answer``), in place of affine map and mode.
         progress: called with a stage's name and the share of the work done, in [0, 1].
 
     Raises:
-        UnusableInput: for images that cannot be read, of different dimensions, or that do not overlap.
+        UnusableInput: for images that cannot be read, of different dimensions, or that do not overlap, and for an affine map of another dimension.
     """
     settings = settings or RegistrationSettings()
     tell = progress or (lambda stage, share: None)
@@ -149,12 +158,13 @@ def register(
     torch.manual_seed(seed)
     where = pick_device(device)
     m, f = (image if isinstance(image, Volume) else read_scan(image) for image in (moving, fixed))
-    if m.grid.ndim != f.grid.ndim:
-        raise UnusableInput(m.name, f"has {m.grid.ndim} axes and {f.name} {f.grid.ndim}", "register images of one dimension")
+    check_pair(m, f, settings, placed=amortised is None)
     clock.lap("read")
 
     tell("affine", 0.02)
     a, b = (scaled(volume.data.to(where)) for volume in (m, f))
+    if mask is not None:
+        b = b.masked_fill(~mask.to(where), math.nan)
     answer = None if amortised is None else amortised(m, f, draws)
     if answer is not None:
         affine = answer.affine
@@ -165,37 +175,47 @@ def register(
     clock.lap("affine" if answer is None else "network")
 
     pair = Pair(b, f.grid, a, m.grid, affine)
-    velocity, mode = None if answer is None else answer.velocity, None
+    velocity, mode = None if answer is None else Velocity(answer.velocity.grid, answer.velocity.field.to(where)), None
     levels: list[tuple[float, list[Iteration]]] = []
     if settings.deformable and answer is None:
-        for level in climb(pair, settings, lambda share: tell("velocity", 0.1 + 0.6 * share)):
+        for level in climb(pair, settings, lambda share: tell("velocity", 0.1 + 0.3 * share)):
             levels.append((level.spacing_mm, level.mode.iterations))
             velocity, mode = Velocity(level.lattice, level.mode.field), level
+        if velocity is not None and f.grid.numel <= _SMALL:
+            # Where it costs little, the flow and its inverse are those of a lattice without gaps between voxels.
+            velocity = Velocity(f.grid, along_axes(velocity.field, interpolation_matrices(velocity.grid, f.grid, velocity.field)))
     clock.lap("velocity")
 
-    tell("posterior", 0.7)
-    transform: Transform = affine if velocity is None else affine @ velocity.exp()
-    samples = [v.exp() for v in answer.draws] if answer is not None else [] if mode is None or not draws else mode.draws(draws, seed)
-    spread = displacement_sd(samples, f.grid) if len(samples) > 1 else None
+    tell("posterior", 0.4)
+    flow = None if velocity is None else velocity.exp().with_exact_inverse()
+    transform: Transform = affine if flow is None else affine @ flow
+    samples = [] if answer is None else [v.exp() for v in answer.draws]
+    if mode is not None and draws:
+        samples = mode.draws(draws, seed, lambda share: tell("posterior", 0.4 + 0.5 * share))
+    spread = displacement_sd(samples, affine, f.grid) if len(samples) > 1 else None
     clock.lap("posterior")
 
     tell("results", 0.9)
     moved, jacobian = carry(m.data.to(where), m.grid, f.grid, affine, velocity)
     coarse, coarse_grid = averaged(b, f.grid, max(f.grid.spacing) if mode is None else mode.spacing_mm)
     stages = (Affine.identity(f.grid.ndim), affine, transform)
+    there = [warp(a[None], m.grid, t, coarse_grid, fill=math.nan)[0] for t in stages]
+    here = affine if flow is None else affine @ _on_cpu(flow)
     result = RegistrationResult(
         fixed=f,
         moving=m,
-        transform=transform,
-        inverse=transform.inverse(),
+        transform=here,
+        inverse=here.inverse(),
         affine=affine,
-        velocity=velocity,
+        velocity=None if velocity is None else Velocity(velocity.grid, velocity.field.cpu()),
         moved=moved.cpu(),
         determinant=jacobian.cpu(),
         folding=float((jacobian <= 0).float().mean()),
         sd=None if spread is None else spread.cpu(),
-        draws=[affine @ sample for sample in samples],
-        correlation=tuple(correlation(warp(a[None], m.grid, t, coarse_grid, fill=math.nan)[0], coarse) for t in stages),  # type: ignore[arg-type]
+        draws=[affine @ _on_cpu(sample) for sample in samples],
+        correlation=tuple(correlation(image, coarse) for image in there),  # type: ignore[arg-type]
+        information=tuple(information(image, coarse) for image in there),  # type: ignore[arg-type]
+        log_joint=None if mode is None else mode.log_joint,
         levels=levels,
         converged=mode is None or mode.mode.converged,
         settings=settings,
@@ -235,11 +255,16 @@ class Level:
     prior: SmoothVelocity
     mode: FieldMode
 
-    def draws(self, count: int, seed: int) -> list[Displacement]:
+    @property
+    def log_joint(self) -> float:
+        """log p(f, v, θ) at the mode, nats, the likelihood tempered."""
+        return self.mode.near.log_joint + float(self.prior.prior().log_prob(self.mode.field))
+
+    def draws(self, count: int, seed: int, tell: Callable[[float], None] = lambda share: None) -> list[Displacement]:
         """exp(v) for draws of v from the Laplace posterior, each with its inverse."""
         field = self.mode.field
         generator = torch.Generator(field.device).manual_seed(seed + 1)
-        departures = field_draws(self.mode.near, self.prior.prior(), count, generator)
+        departures = field_draws(self.mode.near, self.prior.prior(), count, generator, callback=lambda made: tell(made / count))
         return [Velocity(self.lattice, field + departure).exp() for departure in departures]
 
 
@@ -248,7 +273,7 @@ def climb(pair: Pair, settings: RegistrationSettings, tell: Callable[[float], No
     d, extent = pair.grid.ndim, [n * h for n, h in zip(pair.grid.shape, pair.grid.spacing, strict=True)]
     base = settings.finest_mm or max(min(pair.grid.spacing), (math.prod(extent) / _LARGEST) ** (1 / d))
     levels = [k for k in settings.levels if min(extent) / (k * base) >= _SMALLEST_SIDE] or [settings.levels[-1]]
-    sd = settings.sd_mm or min(extent) / 15
+    sd = settings.sd_mm or min(extent) / 25
     length = settings.length_mm or min(extent) / 3
     field: Tensor | None = None
     lattice = pair.grid
@@ -318,12 +343,86 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a[both], b[both]]))[0, 1])
 
 
-def displacement_sd(draws: Sequence[Transform], grid: Grid) -> Tensor:
-    """Standard deviation over draws of each component of the displacement, ``(d, *shape)`` mm."""
-    points = grid.coordinates()
-    mean, squares = torch.zeros_like(points), torch.zeros_like(points)
+def information(a: Tensor, b: Tensor, bins: int = 32) -> float:
+    """Mutual information of the values where both are known, in bins of equal counts, nats; NaN where there are none."""
+    both = ~(a.isnan() | b.isnan())
+    if int(both.sum()) < 2:
+        return math.nan
+    ranks = []
+    for values in (a[both], b[both]):
+        edges = torch.quantile(values[:: max(1, len(values) // 100_000)], torch.linspace(0, 1, bins + 1).to(values)[1:-1])
+        ranks.append(torch.bucketize(values, edges.unique()))
+    joint = torch.bincount(ranks[0] * bins + ranks[1], minlength=bins * bins).reshape(bins, bins)
+    return float(mutual_information(joint.double()))
+
+
+def displacement_sd(draws: Sequence[Displacement], affine: Affine, grid: Grid) -> Tensor:
+    """Standard deviation over draws of each component of the displacement, ``(d, *grid.shape)`` mm.
+
+    Arguments:
+        draws: on one grid, with the axes of ``grid``, before the affine map.
+    """
+    d = grid.ndim
+    turn = affine.matrix[:d, :d].to(draws[0].field)
+    mean, squares = torch.zeros_like(draws[0].field), torch.zeros_like(draws[0].field)
     for number, draw in enumerate(draws, 1):
-        change = draw(points) - points - mean
+        there = torch.einsum("ab,b...->a...", turn, draw.field)
+        change = there - mean
         mean = mean + change / number
-        squares = squares + change * (draw(points) - points - mean)
-    return (squares / (len(draws) - 1)).sqrt().movedim(-1, 0)
+        squares = squares + change * (there - mean)
+    spread = (squares / (len(draws) - 1)).sqrt()
+    return along_axes(spread, interpolation_matrices(draws[0].grid, grid, spread))
+
+
+def places(transform: Transform, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Where a transform takes the voxels of a grid, ``(*grid.shape, d)`` mm, as calling it on their coordinates does. A displacement that comes
+    first, on axes parallel to the grid's, is interpolated axis by axis, which is several times faster."""
+    first, *others = reversed(transform.transforms) if isinstance(transform, Composition) else [transform]
+    points = grid.coordinates(dtype)
+    if isinstance(first, Displacement):
+        field = along_axes(first.field, interpolation_matrices(first.grid, grid, first.field))
+        points = points + field.movedim(0, -1).to(points)
+    else:
+        points = first(points)
+    for part in others:
+        points = part(points)
+    return points
+
+
+def _on_cpu(flow: Displacement) -> Displacement:
+    return Displacement(flow.grid, flow.field.cpu(), None if flow.opposite is None else flow.opposite.cpu())
+
+
+def check_pair(moving: Volume, fixed: Volume, settings: RegistrationSettings, placed: bool = True) -> None:
+    """Refuse a pair that cannot be registered.
+
+    Arguments:
+        placed: whether it matters where the headers place the images.
+
+    Raises:
+        UnusableInput: for different dimensions, an affine map of another dimension, and images that do not overlap.
+    """
+    d = fixed.grid.ndim
+    if moving.grid.ndim != d:
+        raise UnusableInput(moving.name, f"has {moving.grid.ndim} axes and {fixed.name} {d}", "register images of one dimension")
+    counts = (d * (d + 1) // 2, d * (d + 1) // 2 + 1, d * (d + 1))
+    if settings.affine not in (None, 0, *counts):
+        remedy = f"choose {counts[0]} (rigid), {counts[1]} (similarity) or {counts[2]} (affine)"
+        raise UnusableInput(fixed.name, f"has {d} axes, for which there is no affine map of {settings.affine} parameters", remedy)
+    if placed and overlap(moving.grid, fixed.grid) == 0 and not (settings.apart and settings.affine != 0):
+        gap = _middle(moving.grid) - _middle(fixed.grid)
+        remedy = "correct the header, or start from the centres of mass with --apart, which needs an affine map"
+        fault = f"does not overlap {fixed.name}: 0 % of the latter lies inside it, and their middles are {float(gap.norm()):.0f} mm apart"
+        raise UnusableInput(moving.name, fault, remedy)
+
+
+def overlap(a: Grid, b: Grid) -> float:
+    """Share of b's field of view that lies inside a's, by at most 32 points an axis."""
+    coarse = b.subsampled([-(-n // 32) for n in b.shape])
+    voxels = a.world_to_voxel(coarse.coordinates(torch.float64))
+    top = torch.tensor(a.shape, dtype=torch.float64) - 0.5
+    return float(((voxels >= -0.5) & (voxels <= top)).all(-1).double().mean())
+
+
+def _middle(grid: Grid) -> Tensor:
+    return grid.voxel_to_world((torch.tensor(grid.shape, dtype=torch.float64) - 1) / 2)

@@ -495,14 +495,25 @@ def draw_label_maps(
 
 
 def volume_table(atlas: LabelAtlas, volumes_ml: Tensor, draws: Tensor) -> pd.DataFrame:
-    """index, name, volume_ml, sd_ml and the quantiles q025 … q975 of the draws, a row a label, by index."""
-    quantiles = torch.quantile(draws, torch.tensor(LEVELS, dtype=draws.dtype), dim=0)
-    sd = draws.std(0) if len(draws) > 1 else torch.full_like(volumes_ml, torch.nan)
-    table = pd.DataFrame({"index": atlas.indices, "name": atlas.names, "volume_ml": volumes_ml.tolist(), "sd_ml": sd.tolist()})
-    for level, row in zip(LEVELS, quantiles, strict=True):
-        table[f"q{round(1000 * level):03d}"] = row.tolist()
+    """``interval_table`` of an atlas's labels but the background, a row a label, by index."""
+    table = interval_table(atlas.indices, atlas.names, volumes_ml, draws)
     outside = table["name"].isin(BACKGROUNDS)
     return table[~outside].sort_values("index").reset_index(drop=True)
+
+
+def interval_table(indices: Sequence[int], names: Sequence[str], volumes_ml: Tensor, draws: Tensor) -> pd.DataFrame:
+    """index, name, volume_ml, sd_ml and the quantiles q025 … q975 of the draws, a row a label.
+
+    Arguments:
+        volumes_ml: ``(K,)``. draws: ``(n, K)`` ml; what they do not tell is NaN.
+    """
+    unknown = torch.full_like(volumes_ml, torch.nan)
+    quantiles = torch.quantile(draws, torch.tensor(LEVELS, dtype=draws.dtype), dim=0) if len(draws) else [unknown] * len(LEVELS)
+    sd = draws.std(0) if len(draws) > 1 else unknown
+    table = pd.DataFrame({"index": list(indices), "name": list(names), "volume_ml": volumes_ml.tolist(), "sd_ml": sd.tolist()})
+    for level, row in zip(LEVELS, quantiles, strict=True):
+        table[f"q{round(1000 * level):03d}"] = row.tolist()
+    return table
 
 
 def quality(

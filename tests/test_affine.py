@@ -1,0 +1,140 @@
+"""Affine alignment of two images against known maps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from phantoms import head
+from torch import Tensor
+
+from probmed.grids import Grid
+from probmed.inference.affine import align_images, mutual_information
+from probmed.transforms import Affine
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+DIMENSIONS = pytest.mark.parametrize("d", [2, 3])
+SPACING = 2.0
+
+
+def head_grid(d: int) -> Grid:
+    return Grid.from_spacing((44, 40, 36)[:d], SPACING)
+
+
+def known_map(d: int, count: int | None = None) -> Affine:
+    """Shift, turn, scales and shears; or the first ``count`` of these."""
+    values = [5.0, -4.0, 3.0, 0.1, -0.12, 0.15, 0.08, -0.06, 0.05, 0.04, -0.03, 0.05]
+    values = values if d == 3 else [5.0, -4.0, 0.15, 0.08, -0.06, 0.05]
+    if count is not None:
+        values = [v if i < count else 0.0 for i, v in enumerate(values)]
+    return Affine.exp(torch.tensor(values), d)
+
+
+def scans(d: int, map_: Affine) -> tuple[Tensor, Tensor, Grid]:
+    """A fixed head, and the moving one that ``map_`` takes it to; float32, as scans are."""
+    grid = head_grid(d)
+    x = grid.coordinates(torch.float64)
+    return head(x).float(), head(map_.inverse()(x)).float(), grid
+
+
+def errors(found: Tensor, truth: Affine, grid: Grid) -> Tensor:
+    """Distance between two maps at every voxel of the head, voxels."""
+    x = grid.coordinates(torch.float64)
+    x = x[head(x) > 0.3]
+    return (Affine(found)(x) - truth(x)).norm(dim=-1) / SPACING
+
+
+# The alignment computes in float32 whatever the default.
+@pytest.fixture(autouse=True)
+def float32_inside(float64: None) -> None:
+    torch.set_default_dtype(torch.float32)
+
+
+def test_mutual_information_of_independent_and_of_identical_variables() -> None:
+    p, q = torch.tensor([0.2, 0.5, 0.3]).double(), torch.tensor([0.6, 0.4]).double()
+    assert mutual_information(7 * p[:, None] * q).item() == pytest.approx(0, abs=1e-6)
+    entropy = -(p * p.log()).sum().item()
+    assert mutual_information(torch.diag(3 * p)).item() == pytest.approx(entropy, abs=1e-6)
+
+
+@DIMENSIONS
+def test_a_translation_is_recovered_to_a_twentieth_of_a_voxel(d: int) -> None:
+    shift = Affine.exp(torch.tensor([4.2, -3.1, 2.6][:d] + [0.0] * (d * (d - 1) // 2)).double(), d)
+    fixed, moving, grid = scans(d, shift)
+    assert errors(torch.eye(d + 1).double(), shift, grid).min() > 2
+    found = align_images(fixed, grid, moving, grid, parameters=d * (d + 1) // 2)
+    assert errors(found.matrix, shift, grid).max() < 0.05
+
+
+@DIMENSIONS
+@pytest.mark.parametrize("inverted", [False, True])
+def test_an_affine_map_is_recovered_also_between_contrasts(d: int, inverted: bool) -> None:
+    truth = known_map(d)
+    fixed, moving, grid = scans(d, truth)
+    assert errors(torch.eye(d + 1).double(), truth, grid).mean() > 2.5
+    found = align_images(fixed, grid, 1.5 - 0.7 * moving if inverted else moving, grid)
+    error = errors(found.matrix, truth, grid)
+    assert error.mean() < 0.25
+    assert error.max() < 0.4
+
+
+@DIMENSIONS
+def test_the_number_of_parameters_is_respected(d: int) -> None:
+    fixed, moving, grid = scans(d, known_map(d))
+    rigid = d * (d + 1) // 2
+    eye = torch.eye(d, dtype=torch.float64)
+    turn = align_images(fixed, grid, moving, grid, parameters=rigid).matrix[:d, :d]
+    torch.testing.assert_close(turn @ turn.T, eye, rtol=0, atol=1e-5)
+    assert torch.linalg.det(turn) > 0
+    shrunk = known_map(d).matrix.clone()
+    shrunk[:d, :d] *= 0.95
+    fixed, moving, grid = scans(d, Affine(shrunk))
+    similar = align_images(fixed, grid, moving, grid, parameters=rigid + 1).matrix[:d, :d]
+    square = similar @ similar.T
+    torch.testing.assert_close(square, square[0, 0] * eye, rtol=0, atol=1e-5)
+    assert abs(float(square[0, 0]) - 1) > 0.01
+    full = align_images(fixed, grid, moving, grid).matrix[:d, :d]
+    square = full @ full.T
+    assert (square - square[0, 0] * eye).abs().max() > 0.05
+
+
+@DIMENSIONS
+def test_moving_the_world_moves_the_answer_with_it(d: int) -> None:
+    """Patients lie anywhere in a scanner: both headers transformed by one rigid map change nothing else."""
+    fixed, moving, grid = scans(d, known_map(d))
+    values = [30.0, -20.0, 10.0, 0.4, -0.3, 0.5] if d == 3 else [30.0, -20.0, 0.6]
+    world = Affine.exp(torch.tensor(values).double(), d).matrix
+    here = align_images(fixed, grid, moving, grid)
+    there = align_images(fixed, grid.transformed(world), moving, grid.transformed(world))
+    back = torch.linalg.inv(world) @ there.matrix @ world
+    # The two climbs have other axes to climb along, and stop at slightly other places on a flat top.
+    assert errors(back, Affine(here.matrix), grid).max() < 0.15
+    assert there.information == pytest.approx(here.information, abs=2e-3)
+
+
+def test_missing_voxels_are_left_out() -> None:
+    fixed, moving, grid = scans(2, known_map(2, 3))
+    hole = fixed.clone()
+    hole[:8] = 1e6
+    masked = hole.masked_fill(hole == 1e6, math.nan)
+    found = align_images(masked, grid, moving, grid, parameters=3)
+    assert errors(found.matrix, known_map(2, 3), grid).max() < 0.1
+    assert not torch.isnan(found.matrix).any()
+
+
+def test_the_seed_fixes_the_result() -> None:
+    fixed, moving, grid = scans(2, known_map(2))
+    first, again, other = (align_images(fixed, grid, moving, grid, points=800, seed=s) for s in (3, 3, 4))
+    assert torch.equal(first.matrix, again.matrix)
+    assert not torch.equal(first.matrix, other.matrix)
+
+
+def test_images_without_overlap_are_refused() -> None:
+    fixed, _, grid = scans(2, known_map(2))
+    nothing = torch.full_like(fixed, math.nan)
+    with pytest.raises(ValueError, match="no overlap"):
+        align_images(fixed, grid, nothing, grid)
+    with pytest.raises(ValueError, match="no overlap"):
+        align_images(nothing, grid, fixed, grid)
