@@ -21,6 +21,8 @@ from torch import Tensor
 from probmed.fields import GaussianField, dct, idct
 from probmed.inference.laplace import conjugate_gradients, field_preconditioner
 
+_SHRINKINGS = 10
+
 
 class Quadratic(Protocol):
     """A log likelihood near a field: its value (nats, tempered, with the log prior of whatever else was maximised), its gradient, and its
@@ -68,7 +70,7 @@ def ascend_field(
     """The mode of log p(data | v) + log p(v).
 
     Arguments:
-        linearise: the likelihood near a field; it may maximise over other latents on the way.
+        linearise: the likelihood near a field; it may maximise over other latents on the way. Where it is −∞ a step is not taken.
         start: ``(d, *shape)``.
         tolerance: stop when an iteration gains fewer nats per element of the data.
 
@@ -76,6 +78,12 @@ def ascend_field(
         FloatingPointError: where the log joint is not finite at the start.
     """
     field, near = start, linearise(start)
+    for _ in range(_SHRINKINGS):
+        if near.log_joint != -math.inf:
+            break
+        # A start from elsewhere may be ruled out here, as a flow that folds on a finer lattice is; towards the mean nothing is.
+        field = prior.loc + 0.8 * (field - prior.loc)
+        near = linearise(field)
     value = near.log_joint + float(prior.log_prob(field))
     if not math.isfinite(value):
         raise FloatingPointError(f"the log joint is {value} at the start")

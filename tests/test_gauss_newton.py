@@ -224,3 +224,33 @@ def test_draws_are_those_of_the_generator() -> None:
     first, again, other = (field_draws(near, prior, 2, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
+
+
+class Ruled(Local):
+    """A field that the likelihood rules out."""
+
+    @property
+    def log_joint(self) -> float:
+        return -math.inf
+
+
+def test_what_is_ruled_out_is_neither_stepped_to_nor_started_from() -> None:
+    prior, near = problem(*GRIDS[0])
+    asked: list[float] = []
+
+    def departure(field: Tensor) -> float:
+        return float((field - prior.loc).abs().max())
+
+    def linearise(field: Tensor, limit: float = math.inf) -> Local:
+        asked.append(departure(field))
+        return (Ruled if asked[-1] > limit else Local)(near.slopes, near.weights, near.data, field)
+
+    free = ascend_field(linearise, prior, prior.loc)
+    limit = 0.7 * departure(free.field)
+    asked.clear()
+    found = ascend_field(lambda field: linearise(field, limit), prior, prior.loc + 5 * limit)
+    assert asked[0] == pytest.approx(5 * limit)
+    assert max(asked[1:]) > limit >= departure(found.field)
+    assert [i.gain >= 0 for i in found.iterations] == [True] * len(found.iterations)
+    with pytest.raises(FloatingPointError, match="at the start"):
+        ascend_field(lambda field: linearise(field, -1.0), prior, prior.loc)

@@ -96,8 +96,8 @@ def _stripped_and_aligned(image: Tensor, grid: Grid, atlas: LabelAtlas, seed: in
     """Whether the brain stands alone, and the affine from the scan's world to the atlas's, mm.
 
     A scanner's background is noise; an exactly constant one was made by software, which may have removed the skull as well. It has where the shell
-    around the brain is constant too. With the brain's atlas a head would always look so: it shrinks until the whole of it is brain. What is larger than
-    a brain, or shrinks, is therefore aligned as a head.
+    around the brain is constant too. With the brain's atlas a head would always look so: it shrinks until the whole of it is brain. What is larger
+    than a brain, or shrinks, is therefore aligned as a head.
 
     Arguments:
         image: ``(*grid.shape)``.

@@ -219,7 +219,7 @@ def _write_transforms(result: RegistrationResult, stage: Path, names: dict[str, 
 def field_grid(over: Volume, result: RegistrationResult) -> Grid:
     """The grid of a warp over an image, with one voxel more on each side, for an affine map goes on there.
 
-    Over the fixed image it is the velocity's own, on which linear interpolation of the warp is exact; else ``warp_grid``, or finer where the velocity is.
+    Over the fixed image it is the velocity's own, on which linear interpolation is exact; else ``warp_grid``, or finer if the velocity is.
     """
     if result.velocity is None:
         return warp_grid(over.grid).padded(1)
