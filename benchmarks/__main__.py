@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.tables import Log
 
-TABLES = ("tissue", "volumes", "fields", "pairs")
+TABLES = ("tissue", "volumes", "fields", "pairs", "propagation")
 
 
 def main(arguments: list[str] | None = None, folder: Path | None = None) -> int:

@@ -6,15 +6,10 @@ pairs, 2D) and `ibsr18` (all ordered pairs).
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.registrations import Outcome
-from benchmarks.runs import THREAD_VARIABLES
+from benchmarks.runs import child_rows
 from benchmarks.tables import Log, Row, Table, mean_sd
 from benchmarks.tissue import data_folder
 from probmed.metrics import dice, paired_bootstrap, surface_distances
@@ -77,38 +72,17 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                 if only and not any(word in name for word in only):
                     continue
                 chosen = [pair for pair in every if pair.collection == collection][: FEW.get((collection, method))][:limit]
-                rows += measure(log, chosen, collection, method, kind, options, threads, Path(folder))
+                rows += measure(log, chosen, collection, method, kind, options, threads)
     settings = {"threads": threads, "hippocampus_pairs": HIPPOCAMPUS_PAIRS, "smallest_label_voxels": SMALLEST}
     return Table("pairs", rows, summarise(rows), notes(rows), settings, seed)
 
 
-def measure(
-    log: Log, chosen: Sequence[Pair], collection: str, method: str, kind: str, options: dict[str, Any], threads: int, folder: Path
-) -> Iterator[Row]:
+def measure(log: Log, chosen: Sequence[Pair], collection: str, method: str, kind: str, options: dict[str, Any], threads: int) -> list[Row]:
     """The rows of a method, those that are missing from one child process."""
-    keys = [f"{collection}/{pair.name}/{method}" for pair in chosen]
-    missing = [(key, pair) for key, pair in zip(keys, chosen, strict=True) if key not in log.rows]
-    if missing:
-        fields = ("moving", "fixed", "moving_labels", "fixed_labels")
-        order = folder / "order.json"
-        listed = [{"key": key, **{name: str(getattr(pair, name)) for name in fields}} for key, pair in missing]
-        order.write_text(json.dumps({"method": kind, "options": options, "set": collection, "pairs": listed}))
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-        place = Path(__file__).resolve().parent.parent
-        with subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.registrations", str(order)], env=environment, cwd=place, stdout=subprocess.PIPE, text=True
-        ) as child:
-            assert child.stdout is not None
-            for line in child.stdout:
-                if line.startswith("ROW "):
-                    row = json.loads(line.removeprefix("ROW "))
-                    key = row.pop("key")
-                    named = {"collection": collection, "pair": key.split("/")[1], "method": method, **row}
-                    log.row(key, partial(dict, named))
-                    print(f"{key:44s} Dice {row['dice']:.4f} folds {row['folding']:.2e} {row['seconds']:7.2f} s", flush=True)
-        if child.returncode:
-            raise RuntimeError(f"{method} failed on {collection} with status {child.returncode}")
-    return (log.rows[key] for key in keys)
+    fields = ("moving", "fixed", "moving_labels", "fixed_labels")
+    wanted = {f"{collection}/{pair.name}/{method}": {name: str(getattr(pair, name)) for name in fields} for pair in chosen}
+    said = {"method": kind, "options": options, "set": collection}
+    return child_rows(log, "benchmarks.registrations", said, wanted, {"collection": collection, "method": method}, threads)
 
 
 def pairs(folder: Path, seed: int) -> Iterator[Pair]:

@@ -198,11 +198,11 @@ def _child(order: Path) -> None:
     said = json.loads(order.read_text())
     pairs: Any = importlib.import_module("benchmarks.pairs")
     method = METHODS[said["method"]](**said["options"])
-    for pair in said["pairs"]:
+    for key, pair in said["wanted"].items():
         outcome = method(Path(pair["moving"]), Path(pair["fixed"]))
         row = pairs.score(Path(pair["moving_labels"]), Path(pair["fixed_labels"]), outcome, said["set"])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-        print("ROW " + json.dumps({**row, "key": pair["key"], "peak_gib": round(peak, 2)}), flush=True)
+        print("ROW " + json.dumps({**row, "key": key, "pair": key.split("/")[1], "peak_gib": round(peak, 2)}), flush=True)
 
 
 

@@ -14,12 +14,16 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.tables import Log, Row
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -88,6 +92,39 @@ def measure(entry: str, scan: Path, options: dict[str, Any], threads: int = 4, t
                 said["peak_gib"],
                 said["remarks"],
             )
+
+
+def child_rows(
+    log: Log, module: str, said: Mapping[str, Any], wanted: Mapping[str, Any], common: Mapping[str, Any], threads: int
+) -> list[Row]:
+    """Rows of many cases from one child process, ``python -m module ORDER``, which prints each as ``ROW`` and JSON with its key.
+
+    Arguments:
+        said: the order, to which what is missing of ``wanted`` (key → case) is added under that name.
+        common: what every row begins with.
+
+    Raises:
+        RuntimeError: where the child fails; the rows before are kept.
+    """
+    missing = {key: case for key, case in wanted.items() if key not in log.rows}
+    if missing:
+        with tempfile.TemporaryDirectory() as folder:
+            order = Path(folder) / "order.json"
+            order.write_text(json.dumps({**said, "wanted": missing}))
+            environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+            place = Path(__file__).resolve().parent.parent
+            call = [sys.executable, "-m", module, str(order)]
+            with subprocess.Popen(call, env=environment, cwd=place, stdout=subprocess.PIPE, text=True) as child:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    if line.startswith("ROW "):
+                        row = json.loads(line.removeprefix("ROW "))
+                        key = row.pop("key")
+                        log.row(key, partial(dict, {**common, **row}))
+                        print(f"{key:50s} Dice {row['dice']:.4f} {row['seconds']:7.2f} s", flush=True)
+            if child.returncode:
+                raise RuntimeError(f"{module} failed with status {child.returncode} on {common}")
+    return [log.rows[key] for key in wanted]
 
 
 def _child(order: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,43 @@ def propagate(labels: Volume, result: RegistrationResult, names: Mapping[int, st
     table = interval_table(indices, called(labels, names), volumes.mean(0), volumes if result.draws else volumes[:0])
     shaped = None if probabilities is None else probabilities.clamp_max(1.0).reshape(-1, *grid.shape)
     return Propagation(indices, called(labels, names), nearest, shaped, table)
+
+
+@dataclass(frozen=True)
+class LabelledTemplate:
+    """An image with probabilities of the labels, background first, ``(K + 1, *shape)``, that another image gave it."""
+
+    scan: Volume
+    probabilities: Tensor
+
+
+Register = Callable[[Volume, Volume], RegistrationResult]
+
+
+def label_templates(labels: Volume, scan: Volume, templates: Sequence[Volume], register: Register) -> list[LabelledTemplate]:
+    """Carry the labels of one scan to others that have none, which then label further ones (``fuse``).
+
+    Arguments:
+        labels: on the scan's grid.
+        register: a moving volume onto a fixed one, as ``registration.register``.
+
+    References: Chakravarty et al., Human Brain Mapping 2013 (one atlas, many templates).
+    """
+    codes = [0, *(int(k) for k in labels.data.unique() if k != 0)]
+    shares = torch.stack([(labels.data == k).float() for k in codes])
+    return [LabelledTemplate(other, _carried(shares, labels.grid, register(scan, other), other.grid)) for other in templates]
+
+
+def fuse(templates: Sequence[LabelledTemplate], target: Volume, register: Register) -> Tensor:
+    """What each template says of the labels of a scan, ``(T, K + 1, *shape)``; their mean over T is the probability of each.
+
+    The templates' errors, and those of the registrations, are largely their own: the mean has less of them, and the spread over templates shows them.
+    """
+    return torch.stack([_carried(t.probabilities, t.scan.grid, register(t.scan, target), target.grid) for t in templates])
+
+
+def _carried(shares: Tensor, source: Grid, result: RegistrationResult, target: Grid) -> Tensor:
+    return sample(shares, source, places(result.transform, target), fill="edge")
 
 
 def called(labels: Volume, names: Mapping[int, str] | None) -> tuple[str, ...]:
