@@ -237,3 +237,33 @@ def linearise(
     pulled, curvature = (carried(both, back, 0.0) * (tempering * volume)).chunk(2)
     gradient = along_axes(torch.einsum("cd...,c...->d...", slopes, pulled), [m.T for m in matrices])
     return Linearisation(float(value), gradient, latents, slopes, curvature.clamp_min(0), matrices)
+
+
+def linearise_both_ways(
+    similarity: Similarity,
+    lattice: Grid,
+    velocity: Tensor,
+    moving: Tensor,
+    fixed: Tensor,
+    grid: Grid,
+    latents: Mapping[str, Tensor] | None = None,
+) -> Linearisation:
+    """``linearise`` of the mean of two log likelihoods, of the fixed image given the moving one and of the moving one given the fixed one carried by
+    exp(−v): neither image is the reference, and with the two exchanged the mode is −v.
+
+    Arguments:
+        latents: of both ways, those of the way back with ``back_`` before their names.
+    """
+    known = dict(latents or {})
+    there = {name: value for name, value in known.items() if not name.startswith("back_")}
+    returning = {name.removeprefix("back_"): value for name, value in known.items() if name.startswith("back_")}
+    forward = linearise(similarity, lattice, velocity, moving, fixed, grid, there)
+    back = linearise(similarity, lattice, -velocity, fixed, moving, grid, returning)
+    return Linearisation(
+        (forward.log_joint + back.log_joint) / 2,
+        (forward.gradient - back.gradient) / 2,
+        forward.latents | {f"back_{name}": value for name, value in back.latents.items()},
+        torch.cat([forward.slopes, back.slopes]),
+        torch.cat([forward.curvature, back.curvature]) / 2,
+        forward.matrices,
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from probmed.fields import dct
 from probmed.grids import Grid, sample
 from probmed.inference.em import log_joint
-from probmed.models.registration import Linearisation, Registration, carried, linearise
+from probmed.models.registration import Linearisation, Registration, carried, linearise, linearise_both_ways
 from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LocalCorrelation, Similarity, StudentNoise
 from probmed.transforms import Affine, Velocity
@@ -316,3 +316,42 @@ def test_an_affine_map_and_a_velocity_together() -> None:
     rigid = run(moving, fixed, grid, moving_grid=grid.transformed(shift.matrix), affine=3, deformable=False)
     assert rigid.velocity is None
     torch.testing.assert_close(rigid.determinant, torch.ones(grid.shape), rtol=0, atol=1e-5)
+
+
+# Both ways.
+
+
+@pytest.mark.usefixtures("float64")
+@NAMES
+def test_both_ways_are_the_mean_of_each_and_opposite_when_the_images_are_exchanged(name: str) -> None:
+    moving, fixed, grid, unit = smooth_pair(2, 14)
+    similarity, velocity = likeness(name, 2), 3.0 * unit
+    there, back = linearise(similarity, grid, velocity, moving, fixed, grid), linearise(similarity, grid, -velocity, fixed, moving, grid)
+    both = linearise_both_ways(similarity, grid, velocity, moving, fixed, grid)
+    assert both.log_joint == pytest.approx((there.log_joint + back.log_joint) / 2)
+    torch.testing.assert_close(both.gradient, (there.gradient - back.gradient) / 2)
+    v = torch.randn(2, 2, *grid.shape)
+    torch.testing.assert_close(both.precision(v), (there.precision(v) + back.precision(v)) / 2)
+    torch.testing.assert_close(both.blocks(), (there.blocks() + back.blocks()) / 2)
+    exchanged = linearise_both_ways(similarity, grid, -velocity, fixed, moving, grid)
+    torch.testing.assert_close(exchanged.gradient, -both.gradient)
+    torch.testing.assert_close(exchanged.blocks(), both.blocks())
+    again = linearise_both_ways(similarity, grid, velocity, moving, fixed, grid, both.latents)
+    assert again.log_joint >= both.log_joint - 1e-9
+
+
+@pytest.mark.slow
+def test_exchanged_images_have_the_opposite_velocity_where_neither_is_the_reference() -> None:
+    grid = Grid.from_spacing((40, 36), 1.6)
+    points = grid.coordinates()
+    fixed = Volume.from_grid(head(points), grid)
+    moving = Volume.from_grid(head(points + bend(points, grid, 4.0)), grid)
+    differences = []
+    for symmetric in (True, False):
+        settings = RegistrationSettings(affine=0, symmetric=symmetric)
+        one, other = (register(*pair, settings=settings, device="cpu") for pair in ((moving, fixed), (fixed, moving)))
+        assert one.velocity is not None and other.velocity is not None
+        assert one.velocity.field.abs().max() > 1.0
+        differences.append(float((one.velocity.field + other.velocity.field).norm() / one.velocity.field.norm()))
+    assert differences[0] < 1e-3
+    assert differences[1] > 10 * differences[0]

@@ -74,6 +74,9 @@ def register(
         ),
     ] = None,
     no_deformation: Annotated[bool, typer.Option("--no-deformation", help="The affine map alone; there are no draws then.")] = False,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Let both images explain each other: neither is the reference. Twice the time.")
+    ] = False,
     apart: Annotated[
         bool, typer.Option("--apart", help="The headers place the images apart: bring them together from their centres of mass.")
     ] = False,
@@ -122,7 +125,7 @@ def register(
     try:
         check_device(device)
         settings = RegistrationSettings(
-            similarity=similarity.value, affine=_parameters(affine), deformable=not no_deformation, apart=apart
+            similarity=similarity.value, affine=_parameters(affine), deformable=not no_deformation, symmetric=symmetric, apart=apart
         )
         if no_deformation and model is None:
             draws = 0

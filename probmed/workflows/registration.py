@@ -21,7 +21,7 @@ from probmed.grids import Grid, averaged, interpolation_matrices, sample
 from probmed.inference.affine import align_images, mutual_information
 from probmed.inference.amortised import Refinement
 from probmed.inference.gauss_newton import FieldMode, Iteration, ascend_field, field_draws
-from probmed.models.registration import Linearisation, linearise
+from probmed.models.registration import Linearisation, linearise, linearise_both_ways
 from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LocalCorrelation, Similarity, StudentNoise
 from probmed.transforms import Affine, Composition, Displacement, Transform, Velocity, determinant, physical_gradient, warp
@@ -46,6 +46,7 @@ class RegistrationSettings:
         radius: of the correlation's windows, voxels of each level. noise: τ of the correlation's windows.
         tempering: factor on the likelihood; None is the similarity's own.
         iterations: on each level. tolerance: nats per voxel.
+        symmetric: whether both images explain each other, at twice the cost, so that neither is the reference.
         apart: whether headers may place the images apart; they are then brought together from their centres of mass.
     """
 
@@ -62,6 +63,7 @@ class RegistrationSettings:
     tempering: float | None = None
     iterations: tuple[int, ...] = (30, 20, 10, 6)
     tolerance: float = 1e-5
+    symmetric: bool = False
     apart: bool = False
 
 
@@ -286,7 +288,7 @@ def climb(pair: Pair, settings: RegistrationSettings, tell: Callable[[float], No
         start = fixed.new_zeros(d, *finer.shape) if field is None else along_axes(field, interpolation_matrices(lattice, finer, field))
         lattice = finer
         similarity = build_similarity(settings, fixed, moving, d)
-        near = partial(_near, similarity, {}, lattice, moving, fixed, grid)
+        near = partial(_near, linearise_both_ways if settings.symmetric else linearise, similarity, {}, lattice, moving, fixed, grid)
         count = settings.iterations[settings.levels.index(k)]
         mode = ascend_field(near, prior.prior(), start, count, settings.tolerance)
         field = mode.field
@@ -295,10 +297,17 @@ def climb(pair: Pair, settings: RegistrationSettings, tell: Callable[[float], No
 
 
 def _near(
-    similarity: Similarity, latents: dict[str, Tensor], lattice: Grid, moving: Tensor, fixed: Tensor, grid: Grid, velocity: Tensor
+    ways: Callable[..., Linearisation],
+    similarity: Similarity,
+    latents: dict[str, Tensor],
+    lattice: Grid,
+    moving: Tensor,
+    fixed: Tensor,
+    grid: Grid,
+    velocity: Tensor,
 ) -> Linearisation:
     """``linearise``, from the latents that the last call found."""
-    found = linearise(similarity, lattice, velocity, moving, fixed, grid, latents)
+    found = ways(similarity, lattice, velocity, moving, fixed, grid, latents)
     latents.update(found.latents)
     return found
 
