@@ -268,6 +268,26 @@ def interpolation_matrices(source: Grid, target: Grid, like: Tensor) -> list[Ten
     return matrices
 
 
+def spline_matrices(source: Grid, target: Grid, like: Tensor) -> list[Tensor]:
+    """Cubic B-splines with a knot at each voxel of ``source``, at the voxels of ``target``: one matrix an axis, as ``interpolation_matrices``
+    has them. Beyond the edge the outermost coefficient goes on.
+
+    Raises:
+        ValueError: where the grids' axes are not parallel.
+
+    References: Unser, IEEE Signal Processing Magazine 1999.
+    """
+    matrices = []
+    for position, n in zip(source.positions_of(target), source.shape, strict=True):
+        low = position.floor()
+        t = position - low
+        weights = torch.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], 1) / 6
+        index = (low.long()[:, None] + torch.arange(-1, 3)).clamp(0, n - 1)
+        matrix = torch.zeros(len(position), n, dtype=torch.float64).scatter_add(1, index, weights)
+        matrices.append(matrix.to(like))
+    return matrices
+
+
 def average_onto(image: Tensor, source: Grid, target: Grid) -> Tensor:
     """Mean of an image ``(..., *source.shape)`` over each voxel of a grid that has the same field of view (see ``Grid.at_spacing``),
     ``(..., *target.shape)``; along an axis that gets finer, linear interpolation instead."""

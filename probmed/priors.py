@@ -19,8 +19,8 @@ from torch import Tensor
 
 from probmed.atlases import LabelAtlas
 from probmed.distributions import Coupling
-from probmed.fields import GaussianField
-from probmed.grids import Grid, MaskedGrid, channels_last, sample
+from probmed.fields import GaussianField, along_axes
+from probmed.grids import Grid, MaskedGrid, channels_last, interpolation_matrices, sample, spline_matrices
 from probmed.transforms import Affine, Transform, Velocity
 
 FLOOR = 1e-4
@@ -88,20 +88,49 @@ class SmoothVelocity(DeformationPrior):
         sd_mm: marginal standard deviation of v.
         length_mm: correlation length 1/κ.
         alpha: smoothness; at least 2 in 3D for continuous paths.
+        on: a finer grid with the same axes, on which the flow is made; ``grid`` by default.
+        splines: whether v goes from ``grid`` to ``on`` by cubic B-splines, of which it is the coefficients, and not linearly.
+        learn: whether the standard deviation and the length are parameters, ``log_sd_mm`` and ``log_length_mm``; λ and κ follow from them.
+
+    References: Rueckert et al., IEEE TMI 1999 (free-form deformations of cubic B-splines).
     """
 
-    def __init__(self, grid: Grid, sd_mm: float = 4.0, length_mm: float = 30.0, alpha: float = 2.0) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        sd_mm: float = 4.0,
+        length_mm: float = 30.0,
+        alpha: float = 2.0,
+        on: Grid | None = None,
+        splines: bool = False,
+        learn: bool = False,
+    ) -> None:
         super().__init__()
-        self.grid, self.sd_mm, self.length_mm, self.alpha = grid, sd_mm, length_mm, alpha
-        self.register_buffer("like", torch.zeros(()))
+        self.grid, self.alpha, self.on, self.splines = grid, alpha, on or grid, splines
+        for name, value in (("log_sd_mm", sd_mm), ("log_length_mm", length_mm)):
+            tensor = torch.tensor(math.log(value))
+            if learn:
+                setattr(self, name, torch.nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    @property
+    def sd_mm(self) -> float:
+        return float(self.log_sd_mm.detach().exp())
+
+    @property
+    def length_mm(self) -> float:
+        return float(self.log_length_mm.detach().exp())
 
     def prior(self) -> GaussianField:
-        like: Tensor = self.like  # type: ignore[assignment]
-        length = torch.as_tensor(self.length_mm, dtype=like.dtype, device=like.device)
-        return GaussianField.from_sd(self.grid.shape, self.grid.spacing, self.sd_mm, length, self.alpha, self.grid.ndim)
+        sd, length = self.log_sd_mm.exp(), self.log_length_mm.exp()
+        return GaussianField.from_sd(self.grid.shape, self.grid.spacing, sd, length, self.alpha, self.grid.ndim)
 
     def evaluate(self, velocity: Tensor) -> Velocity:
-        return Velocity(self.grid, velocity)
+        if self.on == self.grid and not self.splines:
+            return Velocity(self.grid, velocity)
+        matrices = spline_matrices if self.splines else interpolation_matrices
+        return Velocity(self.on, along_axes(velocity, matrices(self.grid, self.on, velocity)))
 
     def forward(self) -> Velocity:
         return self.evaluate(pyro.sample("velocity", self.prior()))

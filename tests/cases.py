@@ -226,6 +226,15 @@ def _components() -> dict[str, Case]:
         "SmoothVelocity_2d": Case(
             lambda: SmoothVelocity(velocity_grid(2)), nothing, frozenset({"velocity"}), plates=True
         ),
+        "SmoothVelocity_learned": Case(
+            lambda: SmoothVelocity(velocity_grid(), learn=True), nothing, frozenset({"velocity"}), plates=True
+        ),
+        "SmoothVelocity_splines": Case(
+            lambda: SmoothVelocity(velocity_grid(2), on=velocity_grid(2).at_spacing(4.0), splines=True),
+            nothing,
+            frozenset({"velocity"}),
+            plates=True,
+        ),
         "BiasField": Case(lambda: bias_field(1), on_grid(), frozenset({"bias"}), plates=True),
         "BiasField_2d": Case(lambda: bias_field(2), on_grid(2), frozenset({"bias"}), plates=True),
         "FixedAtlas_2d": Case(lambda: FixedAtlas(tiny_atlas(2)), on_grid(2), frozenset()),

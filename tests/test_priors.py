@@ -199,3 +199,51 @@ def test_markov_field_couples_whole_grids_and_not_parts_of_them() -> None:
 def test_the_abstract_prior_says_nothing() -> None:
     with pytest.raises(NotImplementedError):
         LabelPrior()(Grid.from_spacing((2, 2)))
+
+
+# Smooth velocities.
+
+
+def test_strength_and_length_are_learned_from_velocities() -> None:
+    """Σ log p(v) over draws has its maximum near the truth: λ's normaliser, log |Λ|, is there."""
+    grid = Grid.from_spacing((16, 14), (2.0, 3.0))
+    truth = SmoothVelocity(grid, 3.0, 9.0)
+    draws = truth.prior().sample((40,))
+    prior = SmoothVelocity(grid, 1.0, 30.0, learn=True)
+    optimiser = torch.optim.LBFGS(prior.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = -prior.prior().log_prob(draws).mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    assert prior.sd_mm == pytest.approx(3.0, rel=0.1)
+    assert prior.length_mm == pytest.approx(9.0, rel=0.15)
+
+
+@pytest.mark.parametrize("splines", [False, True])
+def test_velocity_is_interpolated_to_the_grid_of_the_flow(splines: bool) -> None:
+    coarse = Grid.from_spacing((9, 8), 4.0)
+    fine = Grid.from_spacing((15, 12), 1.5)
+    prior = SmoothVelocity(coarse, on=fine, splines=splines)
+    x = coarse.coordinates(torch.float64)
+    # Both reproduce what is linear in space, away from the edges.
+    linear = torch.stack([0.1 * x[..., 0] + 0.2 * x[..., 1], 1 - 0.3 * x[..., 1]])
+    y = fine.coordinates(torch.float64)
+    expected = torch.stack([0.1 * y[..., 0] + 0.2 * y[..., 1], 1 - 0.3 * y[..., 1]])
+    torch.testing.assert_close(prior.evaluate(linear).field, expected)
+    bump = torch.zeros(2, 9, 8)
+    bump[0, 4, 4] = 1.0
+    found = prior.evaluate(bump).field[0]
+    # The coefficient's node is at (0, 2) mm.
+    u, w = (y[..., 0] / 4).abs(), ((y[..., 1] - 2) / 4).abs()
+
+    def kernel(t: Tensor) -> Tensor:
+        if not splines:
+            return (1 - t).clamp_min(0)
+        near, far = 2 / 3 - t**2 + t**3 / 2, (2 - t).clamp_min(0) ** 3 / 6
+        return torch.where(t < 1, near, far)
+
+    torch.testing.assert_close(found, kernel(u) * kernel(w))

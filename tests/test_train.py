@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from probmed.cli import app
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
+from probmed.priors import SmoothVelocity
 from probmed.transforms import Affine, Displacement
 from probmed.volumes import UnusableInput, Volume, read_scan, write_labels, write_scan
 from probmed.workflows.amortisation import (
@@ -251,3 +252,12 @@ def test_other_unusable_requests_get_one_line(table: Path, tmp_path: Path) -> No
         assert not (tmp_path / "a").exists()
     with pytest.raises(UnusableInput, match="holds no registration network"):
         TrainedRegistration.load(tmp_path)
+
+
+def test_the_prior_is_learned_with_the_network(table: Path) -> None:
+    cohort, grid = read_cohort(pd.read_csv(table, sep="\t"), table)
+    settings = NetworkSettings(features=SMALL.features, batch=2, radius=2, learn_prior=True)
+    trained, _ = train_registration(cohort, grid, settings, TrainingSettings(steps=4, learning_rate=0.05, every=4))
+    fresh = TrainedRegistration.build(grid, settings).model.deformation
+    assert isinstance(fresh, SmoothVelocity) and isinstance(trained.model.deformation, SmoothVelocity)
+    assert trained.model.deformation.sd_mm != fresh.sd_mm and trained.model.deformation.length_mm != fresh.length_mm

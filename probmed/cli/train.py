@@ -59,6 +59,7 @@ def train(
     objective: Annotated[Objective, typer.Option(help="The model's ELBO, draws of the model, or a published objective.")] = Objective.elbo,
     posterior: Annotated[Posterior, typer.Option(help="Smooth draws, or voxels that are independent of each other.")] = Posterior.smooth,
     label_weight: Annotated[float, typer.Option(min=0, help="Factor on the labels' log density; 0 trains without labels.")] = 0.0,
+    learn_prior: Annotated[bool, typer.Option("--learn-prior", help="Learn the deformation's strength and length as well.")] = False,
     spacing: Annotated[float | None, typer.Option(min=0.01, help="Of the network's grid, mm; the finest scan's by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 5000,
     batch: Annotated[int, typer.Option(min=1, help="Pairs a step, on each device.")] = 4,
@@ -95,7 +96,12 @@ def train(
         made = make_folder(out)
         amortisation, training_of = load_amortisation(), importlib.import_module("probmed.inference.training")
         settings = amortisation.NetworkSettings(
-            objective.value, posterior.value, label_weight=label_weight, batch=batch, mixed_precision=mixed_precision
+            objective.value,
+            posterior.value,
+            label_weight=label_weight,
+            batch=batch,
+            mixed_precision=mixed_precision,
+            learn_prior=learn_prior,
         )
         training = training_of.TrainingSettings(steps, learning_rate, "cosine", clip, seed, every)
         accelerator = "cuda" if device is Device.cuda else device.value

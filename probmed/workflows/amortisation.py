@@ -52,6 +52,7 @@ class NetworkSettings:
         objective: one of ``OBJECTIVES``. posterior: "smooth" or "diagonal".
         similarity: "correlation" or "gaussian", of the model. radius, noise: of the correlation's windows.
         sd_mm, length_mm, alpha: of the velocity's prior; None: as `register` has them.
+        learn_prior: whether sd and length are learned with the network.
         label_weight: factor on the labels' log density, where labels are used; 0 leaves them out.
         weight: λ of the published objectives; None: as published (0.01, 1, 10). image_sd: of the probabilistic one.
         features: of the U-Net. batch: pairs. mixed_precision: the network in bfloat16.
@@ -65,6 +66,7 @@ class NetworkSettings:
     sd_mm: float | None = None
     length_mm: float | None = None
     alpha: float = 2.0
+    learn_prior: bool = False
     label_weight: float = 0.0
     weight: float | None = None
     image_sd: float = 0.1
@@ -171,7 +173,8 @@ class TrainedRegistration:
         """Untrained; same seed, same weights."""
         lattice = grid.at_spacing([2 * h for h in grid.spacing])
         shortest = min(n * h for n, h in zip(grid.shape, grid.spacing, strict=True))
-        prior = SmoothVelocity(lattice, settings.sd_mm or shortest / 25, settings.length_mm or shortest / 3, settings.alpha)
+        sd, length = settings.sd_mm or shortest / 25, settings.length_mm or shortest / 3
+        prior = SmoothVelocity(lattice, sd, length, settings.alpha, learn=settings.learn_prior)
         similarity: Similarity = GaussianNoise()
         if settings.similarity == "correlation":
             similarity = LocalCorrelation(settings.radius, settings.noise, ndim=grid.ndim)
