@@ -20,7 +20,7 @@ from probmed.fields import GaussianField
 from probmed.grids import Grid
 from probmed.transforms import Displacement, Velocity, warp
 
-SIZES = (64, 128, 192)
+SIZES = (64, 128, 192, 256)
 REPETITIONS = {64: 15, 128: 9, 192: 5, 256: 3}
 SPACING_MM = (1.0, 1.0, 1.2)
 OPERATIONS = ("log_prob", "rsample", "exp(v)", "warp")
