@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class RegistrationSettings:
         sd_mm, length_mm, alpha: of the velocity's prior; by default a twenty-fifth and a third of the field of view's shortest side.
         radius: of the correlation's windows, voxels of each level. noise: τ of the correlation's windows.
         tempering: factor on the likelihood; None is the similarity's own.
-        iterations: on each level. tolerance: nats per voxel.
+        iterations: at most, on each level; None for few, or for many where draws are asked for, which are no better than the mode they surround.
+        tolerance: nats per voxel.
         symmetric: whether both images explain each other, at twice the cost, so that neither is the reference.
         apart: whether headers may place the images apart; they are then brought together from their centres of mass.
     """
@@ -61,12 +62,13 @@ class RegistrationSettings:
     radius: int = 2
     noise: float = 0.06
     tempering: float | None = None
-    iterations: tuple[int, ...] = (30, 20, 10, 6)
+    iterations: tuple[int, ...] | None = None
     tolerance: float = 1e-5
     symmetric: bool = False
     apart: bool = False
 
 
+_FEW_ITERATIONS, _MANY_ITERATIONS = (30, 20, 10, 6), (100, 60, 40, 40)
 _LARGEST = 2_000_000  # voxels of the finest level
 _TOLERANCE = 0.05  # of a draw: standard deviations come out one to three per cent too small, in half the time
 _SMALL = 300_000  # voxels of the fixed image
@@ -181,7 +183,8 @@ def register(
     velocity, mode = None if answer is None else Velocity(answer.velocity.grid, answer.velocity.field.to(where)), None
     levels: list[tuple[float, list[Iteration]]] = []
     if settings.deformable and answer is None:
-        for level in climb(pair, settings, lambda share: tell("velocity", 0.1 + 0.3 * share)):
+        chosen = settings if settings.iterations or not draws else replace(settings, iterations=_MANY_ITERATIONS)
+        for level in climb(pair, chosen, lambda share: tell("velocity", 0.1 + 0.3 * share)):
             levels.append((level.spacing_mm, level.mode.iterations))
             velocity, mode = Velocity(level.lattice, level.mode.field), level
         if velocity is not None and f.grid.numel <= _SMALL:
@@ -289,7 +292,7 @@ def climb(pair: Pair, settings: RegistrationSettings, tell: Callable[[float], No
         lattice = finer
         similarity = build_similarity(settings, fixed, moving, d)
         near = partial(_near, linearise_both_ways if settings.symmetric else linearise, similarity, {}, lattice, moving, fixed, grid)
-        count = settings.iterations[settings.levels.index(k)]
+        count = (settings.iterations or _FEW_ITERATIONS)[settings.levels.index(k)]
         mode = ascend_field(near, prior.prior(), start, count, settings.tolerance)
         field = mode.field
         tell((number + 1) / len(levels))
