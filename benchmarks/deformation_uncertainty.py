@@ -1,8 +1,8 @@
 """Does the posterior of a deformation hold the truth as often as it says? Real crops, deformed by draws of the prior.
 
 The moving image is a training scan of `msd_hippocampus`, the fixed one the same after a velocity drawn from the prior of `probmed register`, with
-noise. Coverage is of the components of the displacement at points, and of the volumes of the two labels; every posterior is about the same mode but for
-the likelihood that is named.
+noise. Coverage is of the components of the displacement at points, and of the volumes of the two labels; every posterior is about the same mode but
+for the likelihood that is named.
 """
 
 from __future__ import annotations
