@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.propagation import scans
+from benchmarks.pairs import beside, scans
 from benchmarks.tables import Log, Row, Table, mean_sd
 from probmed.fields import along_axes, cosine_basis
 from probmed.grids import Grid
@@ -62,7 +62,7 @@ NOTES = (
 
 def measure(path: Path, likelihood: str, similarity: str, seed: int) -> Row:
     """One pair under one likelihood."""
-    scan, labels = read_scan(path), read_labels(path.parent.parent / "labels" / path.name)
+    scan, labels = read_scan(path), read_labels(beside(path))
     grid, image = scan.grid, scaled(scan.data)
     generator = torch.Generator().manual_seed(seed)
     extent = min(n * h for n, h in zip(grid.shape, grid.spacing, strict=True))

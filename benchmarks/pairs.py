@@ -6,7 +6,10 @@ pairs, 2D) and `ibsr18` (all ordered pairs).
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.registrations import Outcome
-from benchmarks.runs import child_rows
+from benchmarks.runs import THREAD_VARIABLES, child_rows
 from benchmarks.tables import Log, Row, Table, mean_sd
 from benchmarks.tissue import data_folder
 from probmed.metrics import dice, paired_bootstrap, surface_distances
@@ -37,6 +40,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SimpleITK B-spline": ("sitk_bspline", {}),
     "SimpleITK demons": ("sitk_demons", {}),
 }
+NETWORKS: dict[str, dict[str, Any]] = {"probmed, network": {}, "probmed, network refined": {"refine": 100}}
+"""Trained in the same run on the hippocampus's training scans, without their labels, and measured on its pairs alone."""
+STEPS = 4000
 FEW = {
     ("msd_hippocampus", "ANTs SyNCC"): 30,
     ("msd_hippocampus", "SimpleITK B-spline"): 30,
@@ -67,10 +73,13 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
         if not every:
             print(f"no scans in {data_folder()}: set PROBMED_DATA")
         for collection in dict.fromkeys(pair.collection for pair in every):
-            for method, (kind, options) in METHODS.items():
+            networks = NETWORKS if collection == "msd_hippocampus" else {}
+            for method, (kind, options) in (METHODS | {name: ("amortised", more) for name, more in networks.items()}).items():
                 name = f"{collection} {method}"
                 if only and not any(word in name for word in only):
                     continue
+                if kind == "amortised":
+                    options = {**options, "run": str(network(log, Path(folder), threads))}
                 chosen = [pair for pair in every if pair.collection == collection][: FEW.get((collection, method))][:limit]
                 rows += measure(log, chosen, collection, method, kind, options, threads)
     settings = {"threads": threads, "hippocampus_pairs": HIPPOCAMPUS_PAIRS, "smallest_label_voxels": SMALLEST}
@@ -85,20 +94,43 @@ def measure(log: Log, chosen: Sequence[Pair], collection: str, method: str, kind
     return child_rows(log, "benchmarks.registrations", said, wanted, {"collection": collection, "method": method}, threads)
 
 
+def network(log: Log, folder: Path, threads: int) -> Path:
+    """The folder of a trained network, beside the log's file where there is one; a run that was cut off goes on."""
+    place = folder / "network" if log.path is None else log.path.with_suffix(".network")
+    if (place / "network.json").exists():
+        return place
+    table = folder / "scans.tsv"
+    table.write_text("scan\n" + "".join(f"{path}\n" for path in scans()[0]))
+    resume = ["--resume"] if (place / "checkpoint.safetensors").exists() else []
+    options = ["--steps", str(STEPS), "--device", "cpu", "--quiet", *resume]
+    call = [sys.executable, "-m", "probmed", "train", "registration", "--data", str(table), "-o", str(place), *options]
+    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    print(f"training a network of {STEPS} steps in {place}", flush=True)
+    subprocess.run(call, env=environment, cwd=Path(__file__).resolve().parent.parent, check=True)
+    return place
+
+
+def scans() -> tuple[list[Path], list[Path]]:
+    """Training and test scans of the hippocampus."""
+    every = sorted((data_folder() / "msd_hippocampus" / "images").glob("*.nii.gz"))
+    number = {p: int(p.name[12:15]) % 5 for p in every}
+    return [p for p in every if number[p] in (1, 2, 3)], [p for p in every if number[p] == 4]
+
+
 def pairs(folder: Path, seed: int) -> Iterator[Pair]:
     """All pairs; images of an odd shape are written anew, so that every method reads the same."""
     data = data_folder()
-    test = [p for p in sorted((data / "msd_hippocampus" / "images").glob("*.nii.gz")) if int(p.name[12:15]) % 5 == 4]
+    test = scans()[1]
     ordered = [(m, f) for m in test for f in test if m != f]
     for index in np.random.default_rng(seed).permutation(len(ordered))[:HIPPOCAMPUS_PAIRS]:
         moving, fixed = ordered[int(index)]
-        yield Pair("msd_hippocampus", f"{moving.name[12:15]}-{fixed.name[12:15]}", moving, fixed, _beside(moving), _beside(fixed))
+        yield Pair("msd_hippocampus", f"{moving.name[12:15]}-{fixed.name[12:15]}", moving, fixed, beside(moving), beside(fixed))
     slices = sorted((data / "oasis_trt_slices" / "images").glob("*.nii.gz"), key=lambda p: int(p.name.split("_")[0].split("-")[-1]))
     for moving in slices:
         for fixed in slices:
             if moving != fixed:
                 name = "-".join(p.name.split("_")[0].split("-")[-1] for p in (moving, fixed))
-                yield Pair("oasis_trt_slices", name, moving, fixed, _beside(moving), _beside(fixed))
+                yield Pair("oasis_trt_slices", name, moving, fixed, beside(moving), beside(fixed))
     brains = sorted((data / "ibsr18").glob("IBSR_??.nii.gz"))
     flat = {p: (_flat(p, folder), _flat(p.with_name(p.name.replace(".nii", "_seg.nii")), folder)) for p in brains}
     for moving in brains:
@@ -108,7 +140,8 @@ def pairs(folder: Path, seed: int) -> Iterator[Pair]:
                 yield Pair("ibsr18", f"{moving.name[5:7]}-{fixed.name[5:7]}", m, f, ml, fl)
 
 
-def _beside(image: Path) -> Path:
+def beside(image: Path) -> Path:
+    """The labels of a scan."""
     return image.parent.parent / "labels" / image.name
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.pairs import beside, scans
 from benchmarks.registrations import ants
 from benchmarks.runs import child_rows
 from benchmarks.tables import Log, Row, Table, mean_sd
@@ -59,13 +60,6 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
             common = {"labelled": name, "method": method}
             rows += child_rows(log, "benchmarks.propagation", said, wanted, common, threads)
     return Table("propagation", rows, summarise(rows), notes(rows), {"threads": threads, "templates": TEMPLATES, "draws": 20}, seed)
-
-
-def scans() -> tuple[list[Path], list[Path]]:
-    """Training and test scans."""
-    every = sorted((data_folder() / "msd_hippocampus" / "images").glob("*.nii.gz"))
-    number = {p: int(p.name[12:15]) % 5 for p in every}
-    return [p for p in every if number[p] in (1, 2, 3)], [p for p in every if number[p] == 4]
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -115,12 +109,12 @@ def notes(rows: Sequence[Row]) -> str:
 
 def _measured(said: dict[str, Any]) -> Iterator[tuple[str, Row]]:
     labelled = Path(said["labelled"])
-    scan, labels = read_scan(labelled), read_labels(_beside(labelled))
+    scan, labels = read_scan(labelled), read_labels(beside(labelled))
     methods: dict[str, Method] = {"syn": _syn, "mode": _ours, "draws": partial(_ours, draws=20), "templates": _templates}
     method = methods[said["method"]]
     call = method(scan, labels, [read_scan(path) for path in said["templates"]], labelled)
     for key, path in said["wanted"].items():
-        target, truth = read_scan(path), read_labels(_beside(Path(path)))
+        target, truth = read_scan(path), read_labels(beside(Path(path)))
         start = time.perf_counter()
         shares, hard, volumes = call(target)
         seconds = time.perf_counter() - start
@@ -189,10 +183,6 @@ def _shares(labels: Volume, transform: Any, target: Volume) -> Tensor:
     """Background and labels interpolated linearly, ``(3, *shape)``."""
     one_hot = torch.stack([(labels.data == k).float() for k in (0, *LABELS)])
     return warp(one_hot, labels.grid, transform, target.grid, fill="edge")
-
-
-def _beside(image: Path) -> Path:
-    return image.parent.parent / "labels" / image.name
 
 
 if __name__ == "__main__":
