@@ -149,3 +149,6 @@ def _show(result: SegmentationResult, truth: Volume) -> None:
             interval,
         )
     Console(highlight=False).print(table)
+    typer.echo(
+        "Intervals say what follows from the model. This scan is no draw of it, so that they may miss its truth."
+    )
