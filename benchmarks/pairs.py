@@ -141,8 +141,8 @@ def pairs(folder: Path, seed: int) -> Iterator[Pair]:
 
 
 def beside(image: Path) -> Path:
-    """The labels of a scan."""
-    return image.parent.parent / "labels" / image.name
+    """The labels of a scan; those of the OASIS slices say in their names which labels they are."""
+    return image.parent.parent / "labels" / image.name.replace("_slice", "_DKT31_CMA_labels_slice")
 
 
 def _flat(path: Path, folder: Path) -> Path:
