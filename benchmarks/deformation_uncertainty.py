@@ -24,9 +24,9 @@ from probmed.grids import Grid
 from probmed.priors import SmoothVelocity
 from probmed.transforms import Affine, Displacement, Transform, Velocity, warp
 from probmed.volumes import read_labels, read_scan, scaled
-from probmed.workflows.registration import Level, Pair, RegistrationSettings, climb
+from probmed.workflows.registration import Level, Pair, RegistrationSettings, climb, prior_scales
 
-PAIRS = 40
+PAIRS = 24
 DRAWS = 40
 NOISE = 0.05
 LEVELS = (0.50, 0.80, 0.95)
@@ -65,11 +65,10 @@ def measure(path: Path, likelihood: str, similarity: str, seed: int) -> Row:
     scan, labels = read_scan(path), read_labels(beside(path))
     grid, image = scan.grid, scaled(scan.data)
     generator = torch.Generator().manual_seed(seed)
-    extent = min(n * h for n, h in zip(grid.shape, grid.spacing, strict=True))
     lattice = grid.at_spacing([2 * h for h in grid.spacing])  # that of `register`, at its finest level
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        truth = Velocity(lattice, SmoothVelocity(lattice, extent / 25, extent / 3).prior().sample()).exp()
+        truth = Velocity(lattice, SmoothVelocity(lattice, *prior_scales(grid), alpha=RegistrationSettings().alpha).prior().sample()).exp()
     fixed = warp(image[None], grid, truth, grid, fill="edge")[0]
     fixed = fixed + NOISE * torch.randn(grid.shape, generator=generator)
     start = time.perf_counter()

@@ -267,7 +267,7 @@ def test_moving_both_headers_changes_nothing_but_the_world(d: int) -> None:
     back = world.inverse()(there.transform(world(x)))
     difference = (back - here.transform(x)).norm(dim=-1) / min(grid.spacing)
     assert difference.max() < 0.05
-    torch.testing.assert_close(there.determinant, here.determinant, rtol=0, atol=0.02)
+    torch.testing.assert_close(there.determinant, here.determinant, rtol=0, atol=0.03)
 
 
 def test_the_seed_fixes_every_bit() -> None:

@@ -38,7 +38,7 @@ from probmed.priors import SmoothVelocity
 from probmed.similarities import GaussianNoise, LabelAgreement, LocalCorrelation, Similarity
 from probmed.transforms import Affine, Velocity, warp
 from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, scaled
-from probmed.workflows.registration import Answer
+from probmed.workflows.registration import Answer, prior_scales
 
 OBJECTIVES = ("elbo", "simulation", "voxelmorph-mse", "voxelmorph-ncc", "voxelmorph-probabilistic")
 _MULTIPLE = 4  # sides of the common grid
@@ -65,7 +65,7 @@ class NetworkSettings:
     noise: float = 0.06
     sd_mm: float | None = None
     length_mm: float | None = None
-    alpha: float = 2.0
+    alpha: float = 3.0
     learn_prior: bool = False
     label_weight: float = 0.0
     weight: float | None = None
@@ -172,8 +172,8 @@ class TrainedRegistration:
     def build(cls, grid: Grid, settings: NetworkSettings, seed: int = 0) -> TrainedRegistration:
         """Untrained; same seed, same weights."""
         lattice = grid.at_spacing([2 * h for h in grid.spacing])
-        shortest = min(n * h for n, h in zip(grid.shape, grid.spacing, strict=True))
-        sd, length = settings.sd_mm or shortest / 25, settings.length_mm or shortest / 3
+        usual = prior_scales(grid)
+        sd, length = settings.sd_mm or usual[0], settings.length_mm or usual[1]
         prior = SmoothVelocity(lattice, sd, length, settings.alpha, learn=settings.learn_prior)
         similarity: Similarity = GaussianNoise()
         if settings.similarity == "correlation":
