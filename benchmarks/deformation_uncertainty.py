@@ -24,7 +24,7 @@ from probmed.grids import Grid
 from probmed.priors import SmoothVelocity
 from probmed.transforms import Affine, Displacement, Transform, Velocity, warp
 from probmed.volumes import read_labels, read_scan, scaled
-from probmed.workflows.registration import Level, Pair, RegistrationSettings, climb, prior_scales
+from probmed.workflows.registration import MANY_ITERATIONS, Level, Pair, RegistrationSettings, climb, prior_scales
 
 PAIRS = 24
 DRAWS = 40
@@ -73,7 +73,7 @@ def measure(path: Path, likelihood: str, similarity: str, seed: int) -> Row:
     fixed = fixed + NOISE * torch.randn(grid.shape, generator=generator)
     start = time.perf_counter()
     # As many iterations as `register` takes where draws are asked for.
-    settings = RegistrationSettings(similarity=similarity, affine=0, iterations=(100, 60, 40, 40))
+    settings = RegistrationSettings(similarity=similarity, affine=0, iterations=MANY_ITERATIONS)
     *_, level = climb(Pair(fixed, grid, image, grid, Affine.identity(3)), settings)
     families = {"Laplace": level.draws(DRAWS, seed), "independent voxels": independent_draws(level, DRAWS, generator)}
     seconds = time.perf_counter() - start

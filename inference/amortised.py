@@ -1,8 +1,8 @@
 """Amortised inference: one guide for many data sets, a network inside it.
 
-``elbo`` is the loss of a batch under any model and guide, ``posterior_loss`` that of neural posterior estimation (draws of the model itself, whose
-latents are known); both are for ``training.train``. ``refine`` goes on from the network's answer on a single data set and says how many nats that
-gains.
+``elbo_loss`` is the loss of a batch under any model and guide, ``posterior_loss`` that of neural posterior estimation (draws of the model itself,
+whose latents are known); both are for ``training.train``. ``refine_field`` goes on from the network's answer on a single data set and says how many
+nats that gains.
 
 References: Kingma & Welling, ICLR 2014; Cremer, Li & Duvenaud, ICML 2018 (the amortisation gap); Papamakarios & Murray, NIPS 2016.
 """
@@ -71,7 +71,7 @@ class Refinement:
 
 
 class FieldPosterior(PyroModule):
-    """q of one field of one data set: a ``ModulatedField`` whose mean, amplitude and spectrum's level are its own parameters.
+    """q of one field of one data set: a ``ModulatedField`` whose mean and amplitude are its own parameters.
 
     Arguments:
         site: its name.

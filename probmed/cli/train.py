@@ -120,12 +120,9 @@ def train(
             _, log = amortisation.train_registration(
                 cohort, grid, settings, training, folder=out, validation=other, fabric=fabric, described=described, tell=report
             )
-    except UnusableInput as error:
-        progress.say(str(error))
-        raise typer.Exit(2) from error
     except Exception as error:  # one line, whatever happened
         progress.say(progress.failure_line(error, str(data), debug))
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
     finally:
         remove_if_empty(made)
     if not quiet and fabric.is_global_zero:

@@ -165,6 +165,12 @@ class TrainedRegistration:
     guide: RegistrationGuide
 
     @property
+    def lattice(self) -> Grid:
+        """Of the velocity."""
+        grid: Grid = self.model.deformation.grid  # type: ignore[union-attr, assignment]
+        return grid
+
+    @property
     def device(self) -> torch.device:
         return next(self.guide.parameters()).device
 
@@ -218,7 +224,7 @@ class TrainedRegistration:
         """Let the posterior's spread start from what some pairs tell."""
         if self.guide.log_curvature is None:
             return
-        lattice: Grid = self.model.deformation.grid  # type: ignore[assignment]
+        lattice = self.lattice
         zero = cohort.images.new_zeros(self.grid.ndim, *lattice.shape)
         near = [linearise(self.model.similarity, lattice, zero, cohort.images[m], cohort.images[f], self.grid) for m, f in pairs]
         mean = sum(float(n.blocks().diagonal().mean()) for n in near) / len(near)
@@ -247,7 +253,7 @@ class TrainedRegistration:
         """Draw v and f from the model, and ask the network for v."""
         with torch.no_grad():
             velocity = self.model.deformation.prior().expand([len(moving)]).sample()  # type: ignore[operator]
-            fixed = warp(moving, self.grid, Velocity(self.model.deformation.grid, velocity), self.grid, fill=math.nan)  # type: ignore[arg-type]
+            fixed = warp(moving, self.grid, Velocity(self.lattice, velocity), self.grid, fill=math.nan)
             fixed = fixed + self.settings.noise * torch.randn_like(fixed)
         return posterior_loss(self.guide, {"velocity": velocity}, len(moving), moving, self.grid, self.grid, fixed) / self.grid.numel
 
@@ -257,26 +263,26 @@ class TrainedRegistration:
         known = (moving.flatten(1) >= 0).all(1) & (fixed.flatten(1) >= 0).all(1)
         if not bool(known.any()):
             return moving.new_zeros((), dtype=torch.float32)
-        count, d = len(cohort.codes), self.grid.ndim
+        count = len(cohort.codes)
         one_hot = [torch.nn.functional.one_hot(m[known], count).movedim(-1, 1).to(torch.float32) for m in (moving, fixed)]
         loc = self.guide.distribution(cohort.images[batch[0]][known], cohort.images[batch[1]][known]).loc
-        moved = warp(one_hot[0], self.grid, Velocity(self.model.deformation.grid, loc), self.grid, fill="edge")  # type: ignore[arg-type]
+        moved = warp(one_hot[0], self.grid, Velocity(self.lattice, loc), self.grid, fill="edge")
         similarity = LabelAgreement(count)
         each = similarity.distribution(moved, {"error": moved.new_full((len(moved),), 0.05)}).log_prob(one_hot[1])
-        return -self.settings.label_weight * each.mean() / math.prod(self.grid.shape[:d])
+        return -self.settings.label_weight * each.mean() / self.grid.numel
 
     def _published_loss(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """VoxelMorph's objectives, in voxels of the lattice; what is unknown is zero."""
         moving, fixed = moving.nan_to_num(0.0), fixed.nan_to_num(0.0)
-        lattice, weight = self.model.deformation.grid, self.settings.weight  # type: ignore[union-attr]
+        lattice, weight = self.lattice, self.settings.weight
         loc, spread = self.guide.network(moving, fixed, lattice.shape)
-        scale = loc.new_tensor(lattice.spacing).reshape(-1, *[1] * self.grid.ndim)  # type: ignore[operator]
+        scale = loc.new_tensor(lattice.spacing).reshape(-1, *[1] * self.grid.ndim)
         voxels, probabilistic = loc / scale, self.settings.objective == "voxelmorph-probabilistic"
         # The published network starts with log σ² at −10.
         log_variance = 2 * spread - 10
         if probabilistic:
             voxels = voxels + (log_variance / 2).exp() * torch.randn_like(voxels)
-        moved = warp(moving, self.grid, Velocity(lattice, voxels * scale), self.grid, fill="edge")  # type: ignore[arg-type]
+        moved = warp(moving, self.grid, Velocity(lattice, voxels * scale), self.grid, fill="edge")
         if self.settings.objective == "voxelmorph-mse":
             return losses.mean_squares(moved, fixed) + (0.01 if weight is None else weight) * losses.squared_differences(voxels)
         if not probabilistic:
@@ -303,7 +309,7 @@ class TrainedRegistration:
         """Dice over labels but the first, and the share of voxels that fold, over pairs; the label map is carried by the nearest voxel."""
         scores, folds = [], []
         for m, f in pairs:
-            velocity = Velocity(self.model.deformation.grid, self.velocities(cohort.images[[m]], cohort.images[[f]])[0])  # type: ignore[arg-type]
+            velocity = Velocity(self.lattice, self.velocities(cohort.images[[m]], cohort.images[[f]])[0])
             displacement = velocity.exp(both=False)
             folds.append(float((displacement.jacobian_determinant(displacement.grid, device=velocity.field.device) <= 0).float().mean()))
             if (cohort.labels[m] >= 0).all() and (cohort.labels[f] >= 0).all() and len(cohort.codes) > 1:
@@ -376,7 +382,7 @@ def answer(trained: TrainedRegistration, moving: Volume, fixed: Volume, *, draws
         UnusableInput: for scans of another dimension than the network's.
     """
     m, f = (trained.brought(volume).to(trained.device) for volume in (moving, fixed))
-    lattice: Grid = trained.model.deformation.grid  # type: ignore[assignment]
+    lattice = trained.lattice
     with torch.no_grad():
         q = trained.guide.distribution(m, f)
     found = None

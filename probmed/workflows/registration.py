@@ -68,7 +68,7 @@ class RegistrationSettings:
     apart: bool = False
 
 
-_FEW_ITERATIONS, _MANY_ITERATIONS = (30, 20, 10, 6), (100, 60, 40, 40)
+_FEW_ITERATIONS, MANY_ITERATIONS = (30, 20, 10, 6), (100, 60, 40, 40)
 _LARGEST = 2_000_000  # voxels of the finest level
 _TOLERANCE = 0.05  # of a draw: standard deviations come out one to three per cent too small, in half the time
 _SMALL = 300_000  # voxels of the fixed image
@@ -183,7 +183,7 @@ def register(
     velocity, mode = None if answer is None else Velocity(answer.velocity.grid, answer.velocity.field.to(where)), None
     levels: list[tuple[float, list[Iteration]]] = []
     if settings.deformable and answer is None:
-        chosen = settings if settings.iterations or not draws else replace(settings, iterations=_MANY_ITERATIONS)
+        chosen = settings if settings.iterations or not draws else replace(settings, iterations=MANY_ITERATIONS)
         for level in climb(pair, chosen, lambda share: tell("velocity", 0.1 + 0.3 * share)):
             levels.append((level.spacing_mm, level.mode.iterations))
             velocity, mode = Velocity(level.lattice, level.mode.field), level
