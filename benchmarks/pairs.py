@@ -46,6 +46,7 @@ STEPS = 4000
 FEW = {
     ("msd_hippocampus", "ANTs SyNCC"): 30,
     ("msd_hippocampus", "SimpleITK B-spline"): 30,
+    ("msd_hippocampus", "probmed, network refined"): 30,
     ("ibsr18", "ANTs SyNCC"): 4,
     ("ibsr18", "SimpleITK B-spline"): 8,
     ("ibsr18", "probmed, 20 draws"): 8,
