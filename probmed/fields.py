@@ -33,7 +33,7 @@ def along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         else:
             # (before, n, after) times (m, n): one batched product without moving memory.
             shape = x.shape
-            x = (matrix @ x.reshape(*shape[:dim], shape[dim], -1)).reshape(*shape[:dim], matrix.shape[0], *shape[dim + 1 :])
+            x = (matrix @ x.reshape(*shape[:dim], shape[dim], math.prod(shape[dim + 1 :]))).reshape(*shape[:dim], matrix.shape[0], *shape[dim + 1 :])
     return x
 
 
@@ -146,6 +146,11 @@ class GaussianField(TorchDistribution):
         mean_variance = mean_variance.flatten(-len(unit.grid_shape)).mean(-1)
         return cls(shape, spacing, mean_variance / torch.as_tensor(sd) ** 2, 1 / torch.as_tensor(length_mm), alpha, channels)
 
+    def about(self, loc: Tensor) -> GaussianField:
+        """The same field about another mean, ``(*batch, C, *shape)``."""
+        strength, kappa = (x.expand(loc.shape[: -1 - len(self.grid_shape)]) for x in (self.strength, self.kappa))
+        return GaussianField(self.grid_shape, self.spacing, strength, kappa, self.alpha, self.channels, loc, validate_args=False)
+
     @property
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, 1 + len(self.grid_shape))
@@ -214,17 +219,7 @@ class GaussianField(TorchDistribution):
         return 0.5 * (self.event_shape.numel() * (1 + math.log(2 * math.pi)) - self.log_det_precision())
 
     def expand(self, batch_shape: Sequence[int], _instance: GaussianField | None = None) -> GaussianField:
-        batch = torch.Size(batch_shape)
-        return GaussianField(
-            self.grid_shape,
-            self.spacing,
-            self.strength.expand(batch),
-            self.kappa.expand(batch),
-            self.alpha,
-            self.channels,
-            self.loc.expand(batch + self.event_shape),
-            validate_args=False,
-        )
+        return self.about(self.loc.expand(torch.Size(batch_shape) + self.event_shape))
 
 
 @register_kl(GaussianField, GaussianField)  # type: ignore[untyped-decorator]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from probmed.atlases import LabelAtlas
 from probmed.grids import Grid
 from probmed.models.registration import Registration, RegistrationGuide
 from probmed.models.segmentation import Segmentation
+from probmed.models.template import Template
 from probmed.networks import VelocityNetwork
 from probmed.priors import (
     AffinePrior,
@@ -199,6 +201,16 @@ def smooth_image(d: int = 3) -> tuple[Tensor, Grid]:
     return atlas.probabilities[:2].sum(0, keepdim=True) + 0.5 * atlas.probabilities[:1], atlas.grid
 
 
+def tiny_template(similarity: Callable[[], Similarity], covariates: int = 0) -> Template:
+    return Template(oblique_grid(), SmoothVelocity(oblique_grid().at_spacing(12.0)), similarity(), covariates)
+
+
+def cohort(covariates: int, _: int = 0) -> tuple[Any, ...]:
+    """Covariates of three scans."""
+    values = torch.tensor([[-1.0, 0.3], [0.2, 1.1], [0.8, -1.4]], dtype=torch.get_default_dtype())
+    return (values[:, :covariates],)
+
+
 def pair(_: int) -> tuple[Any, ...]:
     return (*smooth_image(), oblique_grid())
 
@@ -275,6 +287,12 @@ def _models() -> dict[str, Case]:
             # The amortised guide is of velocities alone.
             guide = None if move != "velocity" else amortised_guide
             cases[f"Registration_{move}_{like}"] = Case(build_pair, pair, moves | noises, "fixed", guide=guide)
+    for count in (0, 2):
+        for like, (similarity, noises) in SIMILARITIES.items():
+            changed = frozenset({"template", "velocity"} | ({"effects"} if count else set()))
+            cases[f"Template_{count}_{like}"] = Case(
+                partial(tiny_template, similarity, count), partial(cohort, count), changed | noises, "images"
+            )
     for label, (prior, sites) in LABEL_PRIORS.items():
         for look, (appearance, channels) in APPEARANCES.items():
             for biased in (False, True):

@@ -18,6 +18,7 @@ from pyro.distributions import TorchDistribution
 from pyro.infer import Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 import probmed.appearances
@@ -46,7 +47,12 @@ def trace_of(component: Any, case: Case, size: int = 0) -> Any:
 
 
 def latents(trace: Any) -> dict[str, Tensor]:
-    return {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name not in OBSERVED}
+    """Of the trace's stochastic sites all that are neither data nor plates."""
+    return {
+        name: trace.nodes[name]["value"]
+        for name in trace.stochastic_nodes
+        if name.split("/")[-1] not in OBSERVED and not site_is_subsample(trace.nodes[name])
+    }
 
 
 def observed(trace: Any, case: Case) -> dict[str, Tensor]:
@@ -149,8 +155,7 @@ def test_two_in_one_program_do_not_clash(case: Case) -> None:
         return results
 
     trace = poutine.trace(program).get_trace()
-    names = {name for name in trace.stochastic_nodes if name.split("/")[1] not in OBSERVED}
-    assert names == {f"{side}/{site}" for side in ("left", "right") for site in case.sites}
+    assert set(latents(trace)) == {f"{side}/{site}" for side in ("left", "right") for site in case.sites}
     assert torch.isfinite(torch.as_tensor(trace.log_prob_sum()))
 
 
@@ -188,7 +193,6 @@ def test_members_of_a_plate_are_independent_instances(case: Case, size: int) -> 
 
     trace = poutine.trace(program).get_trace()
     values = latents(trace)
-    values.pop("subject", None)
     trace.compute_log_prob()
     results = tensors(trace.nodes["_RETURN"]["value"])
     whole = torch.zeros(()) + sum(trace.nodes[name]["log_prob_sum"] for name in case.sites)
@@ -251,7 +255,7 @@ def test_guides_have_the_model_s_latent_sites(case: Case) -> None:
     model, _, data = drawn_data(case)
     guide = AutoNormal(model) if case.guide is None else case.guide(model)
     arguments = given(case, model, data)
-    sites = poutine.trace(guide).get_trace(*arguments).stochastic_nodes
+    sites = latents(poutine.trace(guide).get_trace(*arguments))
     assert {name for name in sites if not name.endswith("_unconstrained")} == case.sites
     loss = Trace_ELBO().differentiable_loss(model, guide, *arguments)
     loss.backward()
