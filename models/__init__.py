@@ -12,10 +12,11 @@ from pyro.nn import PyroModule
 
 from probmed.models.registration import Registration
 from probmed.models.segmentation import Segmentation
+from probmed.models.template import Template
 
-__all__ = ["Registration", "Segmentation"]  # the models; ZOO, Entry and entry describe them
+__all__ = ["Registration", "Segmentation", "Template"]  # the models; ZOO, Entry and entry describe them
 
-ZOO: dict[str, type[PyroModule]] = {"segmentation": Segmentation, "registration": Registration}
+ZOO: dict[str, type[PyroModule]] = {"segmentation": Segmentation, "registration": Registration, "template": Template}
 """Name on the command line → model."""
 
 

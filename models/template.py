@@ -34,7 +34,7 @@ from probmed.transforms import Displacement
 class Template(PyroModule):
     """A cohort on one grid.
 
-    Sites: ``template``, ``(1 + P, *shape)``; with covariates ``effects``, ``(P, d, *velocity.shape)`` mm; in the plate ``scan`` the ``velocity``,
+    Sites: ``template``, ``(1 + P, *shape)``; with covariates ``effects``, ``(P, d, *velocity.shape)`` mm; in a plate of scans the ``velocity``,
     ``(N, d, *velocity.shape)`` mm, those of the similarity, and ``images``, ``(N, 1, *shape)``, observed where given.
 
     Arguments:
@@ -43,7 +43,9 @@ class Template(PyroModule):
         similarity: how an image looks given the deformed template.
         covariates: P. They should have mean 0 and standard deviation 1.
         share: prior standard deviation of what one unit of a covariate changes, relative to that of the velocities and of the template.
-        level, sd, length_mm: mean, standard deviation and correlation length of the template's intensities.
+        level: mean of t_0, a number or ``(*shape)``. A likelihood that does not see contrast, such as local correlation, leaves it to this prior:
+            there give the mean of the scans.
+        sd, length_mm: standard deviation and correlation length of the template's intensities.
     """
 
     level: Tensor
@@ -56,14 +58,14 @@ class Template(PyroModule):
         similarity: Similarity,
         covariates: int = 0,
         share: float = 1.0,
-        level: float = 0.5,
+        level: Tensor | float = 0.5,
         sd: float = 1.0,
         length_mm: float = 10.0,
     ) -> None:
         super().__init__()
         self.grid, self.deformation, self.similarity = grid, deformation, similarity
         self.covariates, self.share, self.length_mm = covariates, share, length_mm
-        self.register_buffer("level", torch.tensor(float(level)))
+        self.register_buffer("level", torch.as_tensor(level, dtype=torch.get_default_dtype()).clone())
         self.register_buffer("sd", torch.tensor(float(sd)))
 
     def prior(self) -> GaussianField:

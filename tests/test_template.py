@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from cases import cohort, tiny_template
@@ -12,14 +16,17 @@ from phantoms import bend, head
 from pyro import poutine
 from scipy.linalg import logm
 from torch import Tensor
+from typer.testing import CliRunner
 
+from probmed.cli import app
 from probmed.grids import Grid
 from probmed.inference.em import log_joint
 from probmed.models.template import Template, TemplateLinearisation, combined, linearise_template
 from probmed.priors import SmoothVelocity
 from probmed.similarities import GaussianNoise, LocalCorrelation, Similarity
 from probmed.transforms import Affine, Displacement, Velocity, warp
-from probmed.volumes import UnusableInput, Volume
+from probmed.volumes import UnusableInput, Volume, read_scan, write_labels, write_scan
+from probmed.warps import read_warp
 from probmed.workflows.templates import TemplateSettings, estimate_template, mean_space
 
 double = pytest.mark.usefixtures("float64")
@@ -75,7 +82,7 @@ def test_precision_is_the_hessian_its_root_squares_to_it_and_blocks_bound_it() -
     (covariates,) = cohort(2)
     model_, state, images, flows, _ = simulated(GaussianNoise(tempering=0.4))
     fixed = [{"noise": torch.full((1,), 0.02)}] * 3
-    model_.similarity.update = lambda moved, image, latents: latents  # type: ignore[method-assign]
+    model_.similarity.update = lambda moved, fixed, latents: dict(latents)  # type: ignore[method-assign]
     here = linearise_template(model_, state["template"], flows, images, covariates, fixed)
     step = 0.1 * torch.randn(shape)
     there = linearise_template(model_, state["template"] + step, flows, images, covariates, fixed)
@@ -197,3 +204,80 @@ def test_cohorts_that_make_no_template_are_refused() -> None:
 def test_combined_is_a_weighted_sum() -> None:
     weights, fields = torch.tensor([[1.0, 2.0]]), torch.stack([torch.ones(2, 3), torch.full((2, 3), 3.0)])
     assert torch.equal(combined(weights, fields), torch.full((1, 2, 3), 7.0))
+
+
+def write_cohort(folder: Path, count: int = 4) -> Path:
+    """Scans with labels and ages, and their table."""
+    scans, age, _, _ = made_cohort(count)
+    rows = []
+    for n, scan in enumerate(scans):
+        write_scan(folder / f"sub-{n}_T1w.nii.gz", scan.data, scan)
+        write_labels(folder / f"sub-{n}_dseg.nii.gz", (scan.data > 0.5).long(), scan)
+        rows.append({"scan": f"sub-{n}_T1w.nii.gz", "labels": f"sub-{n}_dseg.nii.gz", "age": float(age[n])})
+    table = folder / "cohort.tsv"
+    pd.DataFrame(rows).to_csv(table, sep="\t", index=False)
+    return table
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["template", *map(str, arguments)])
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.mark.slow
+def test_the_command_writes_template_warps_table_and_report(tmp_path: Path) -> None:
+    table, out = write_cohort(tmp_path), tmp_path / "out"
+    call = (table, "-o", out, "--covariates", "age", "--affine", "0", "--quiet")
+    assert run(*call) == (0, "")
+    template = read_scan(out / "template.nii.gz")
+    scan = read_scan(tmp_path / "sub-1_T1w.nii.gz")
+    there = read_warp(out / "sub-1_T1w_from-scan_to-template_mode-image_xfm.nii.gz")
+    moved = warp(scan.data[None], scan.grid, there, template.grid, fill="edge")[0]
+    assert float(torch.corrcoef(torch.stack([moved.flatten(), template.data.flatten()]))[0, 1]) > 0.9
+    share = read_scan(out / "template_label-1_probseg.nii.gz").data
+    assert float(share.min()) >= 0
+    assert 0.99 < float(share.max()) <= 1.001
+    rows = pd.read_csv(out / "template_scans.tsv", sep="\t")
+    assert list(rows["scan"]) == [f"sub-{n}_T1w" for n in range(4)]
+    assert (rows["correlation"] > rows["correlation_affine"]).all()
+    assert (rows["folding"] == 0).all()
+    page = (out / "template_report.html").read_text()
+    assert "<h2>age</h2>" in page
+    assert json.loads((out / "template_desc-ageHigh.json").read_text())["Covariates"]["age"] == pytest.approx(rows["age"].max())
+    before = (out / "template.nii.gz").read_bytes()
+    assert run(*call)[0] == 0
+    assert (out / "template.nii.gz").read_bytes() == before
+    assert run(table, "-o", out, "--affine", "0", "--quiet")[0] == 0
+    assert not list(out.glob("template_desc-age*"))  # of the run before
+
+
+def test_tables_that_make_no_template_are_refused_in_one_line(tmp_path: Path) -> None:
+    table, out = write_cohort(tmp_path, 2), tmp_path / "out"
+    good = pd.read_csv(table, sep="\t")
+
+    def refused(change: dict[str, Any], *more: object) -> str:
+        bad = tmp_path / "bad.tsv"
+        good.assign(**change).to_csv(bad, sep="\t", index=False)
+        code, said = run(bad, "-o", out, *more)
+        assert code == 2
+        assert not out.exists()
+        return said
+
+    assert "has no column sex" in refused({}, "--covariates", "sex")
+    assert "has no number but x as age in row 3" in refused({"age": [70, "x"]}, "--covariates", "age")
+    assert "the same age in every row" in refused({"age": [70, 70]}, "--covariates", "age")
+    assert "has no labels in row 3" in refused({"labels": [good["labels"][0], None]})
+    assert "has no scan in row 2" in refused({"scan": [None, good["scan"][1]]})
+    assert "does not exist" in refused({"scan": ["missing.nii.gz", good["scan"][1]]})
+    assert "has the name of another scan" in refused({"scan": good["scan"][0], "labels": good["labels"][0]})
+    write_labels(tmp_path / "other.nii.gz", torch.ones(5, 5).long(), Volume.from_grid(torch.ones(5, 5), Grid.from_spacing((5, 5), 1.0)))
+    assert "is on another grid" in refused({"labels": [good["labels"][0], "other.nii.gz"]})
+    good[:1].to_csv(tmp_path / "one.tsv", sep="\t", index=False)
+    code, said = run(tmp_path / "one.tsv", "-o", out)
+    assert code == 2
+    assert "two scans or more" in said
+    (out).mkdir()
+    (out / "template.nii.gz").write_bytes(b"mine")
+    code, said = run(table, "-o", out)
+    assert code == 2
+    assert "did not write it" in said

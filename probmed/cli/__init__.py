@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from probmed import __version__
-from probmed.cli import demo, models, register, segment, train, warp
+from probmed.cli import demo, models, register, segment, template, train, warp
 
 app = typer.Typer(
     name="probmed",
@@ -30,6 +30,7 @@ app.command()(demo.demo)
 app.command()(segment.segment)
 app.command()(register.register)
 app.command()(warp.warp)
+app.command()(template.template)
 app.command()(train.train)
 app.command()(models.models)
 

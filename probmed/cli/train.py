@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import pandas as pd
 import typer
 
 from probmed.cli import progress
@@ -20,6 +19,7 @@ from probmed.cli.options import (
     check_device,
     load_amortisation,
     make_folder,
+    read_table,
     remove_if_empty,
 )
 from probmed.volumes import UnusableInput
@@ -128,20 +128,6 @@ def train(
     if not quiet and fabric.is_global_zero:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "folding"))
         typer.echo(f"{out}: {int(log[-1]['step'])} steps, {numbers}")
-
-
-def read_table(path: Path) -> Any:
-    """A table of strings, tabs or commas.
-
-    Raises:
-        UnusableInput: for a file that is missing or is no table.
-    """
-    try:
-        return pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t", dtype=str)
-    except FileNotFoundError as error:
-        raise UnusableInput(path, "does not exist", "check the path") from error
-    except (OSError, ValueError) as error:
-        raise UnusableInput(path, f"is not a table that can be read ({' '.join(str(error).split())})", "give TSV, or CSV named .csv") from error
 
 
 def _check_run(out: Path, resume: bool) -> None:

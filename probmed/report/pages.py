@@ -1,4 +1,4 @@
-"""The HTML pages of a segmented scan and of a registered pair."""
+"""The HTML pages of a segmented scan, of a registered pair and of a template."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from probmed import __version__
-from probmed.report import figures, pair_figures
+from probmed.report import figures, pair_figures, template_figures
 from probmed.report.panels import data_uri
 from probmed.workflows.propagation import Propagation
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.registration import RegistrationResult
 from probmed.workflows.registration_outputs import total_sd
 from probmed.workflows.segmentation import SegmentationResult
+from probmed.workflows.template_outputs import scan_table
+from probmed.workflows.templates import TemplateResult
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("probmed.report", "."),
@@ -45,6 +47,14 @@ _PAIR_SYMBOLS = (
     ("A", "the affine map"),
     ("v", "the velocity, a smooth Gaussian field, whose flow exp(v) is the deformation"),
     ("θ", "the similarity's own unknowns"),
+)
+TEMPLATE_EQUATION = "p(f, v, t, u) = p(t) p(u) ∏_n p(v_n | c_n, u) p(f_n | (t_0 + Σ_j c_nj t_j) ∘ exp(v_n))"
+_TEMPLATE_SYMBOLS = (
+    ("f_n", "scan n, after its affine map"),
+    ("t", "the template, and how its intensities change with each covariate"),
+    ("v_n", "the velocity of scan n, a smooth Gaussian field about Σ c_nj u_j"),
+    ("u_j", "how the shape changes with covariate j"),
+    ("c_n", "covariates of scan n, standardised"),
 )
 _SIMILARITIES = {
     "correlation": "local correlation",
@@ -159,6 +169,51 @@ def registration_page(result: RegistrationResult, provenance: Provenance, title:
         network=network,
         equation=[_marked_up(result.equation)],
         symbols=_PAIR_SYMBOLS,
+        provenance=provenance,
+    )
+
+
+def template_page(result: TemplateResult, provenance: Provenance, title: str) -> str:
+    """The report of a template and its cohort as HTML, with its images inside.
+
+    Arguments:
+        result: what was found.
+        provenance: how it was made.
+        title: the cohort's name.
+    """
+    view = template_figures.TemplateView(result)
+    covariates = [
+        {
+            "name": name,
+            "sd": f"{float(result.sds[index]):.3g}",
+            "changes": _image(template_figures.changes(view, index), f"template at three values of {name}"),
+            "growth": _image(template_figures.growth(view, index), f"local growth with {name}"),
+        }
+        for index, name in enumerate(result.names)
+    ]
+    scans = scan_table(result)
+    levels = []
+    for spacing in dict.fromkeys(where for where, _ in result.history):
+        values = [value for where, value in result.history if where == spacing]
+        gain = f"{values[-1] - values[-2]:.1f}" if len(values) > 1 else "–"
+        levels.append((f"{spacing:.3g}", len(values), f"{values[-1]:.1f}", gain))
+    shape = " × ".join(str(n) for n in result.grid.shape)
+    spacing_mm = " × ".join(f"{h:.3g}" for h in result.grid.spacing)
+    return _TEMPLATES.get_template("template.html").render(
+        title=title,
+        version=__version__,
+        summary=[
+            ("scans", str(len(result.scans))),
+            ("template", f"{shape} voxels, {spacing_mm} mm"),
+            ("similarity", _SIMILARITIES[result.settings.similarity]),
+        ],
+        template=_image(template_figures.template(view), "mean of the scans, and the template"),
+        covariates=covariates,
+        columns=list(scans.columns),
+        rows=[[value if isinstance(value, str) else f"{value:.3g}" for value in row] for row in scans.itertuples(index=False)],
+        levels=levels,
+        equation=[_marked_up(TEMPLATE_EQUATION)],
+        symbols=_TEMPLATE_SYMBOLS,
         provenance=provenance,
     )
 

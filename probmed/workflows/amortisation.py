@@ -27,6 +27,7 @@ from torch import Tensor
 
 import probmed
 from probmed import losses
+from probmed.fields import ModulatedField
 from probmed.grids import Grid
 from probmed.inference.amortised import elbo_loss, posterior_loss, refine_field
 from probmed.inference.parameters import seeded
@@ -38,10 +39,10 @@ from probmed.priors import SmoothVelocity
 from probmed.similarities import GaussianNoise, LabelAgreement, LocalCorrelation, Similarity
 from probmed.transforms import Affine, Velocity, warp
 from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, scaled
+from probmed.workflows.cohorts import common_grid, own_world
 from probmed.workflows.registration import Answer, prior_scales
 
 OBJECTIVES = ("elbo", "simulation", "voxelmorph-mse", "voxelmorph-ncc", "voxelmorph-probabilistic")
-_MULTIPLE = 4  # sides of the common grid
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class NetworkSettings:
         label_weight: factor on the labels' log density, where labels are used; 0 leaves them out.
         weight: λ of the published objectives; None: as published (0.01, 1, 10). image_sd: of the probabilistic one.
         features: of the U-Net. batch: pairs. mixed_precision: the network in bfloat16.
+        dropout: share of the U-Net's features that training leaves out; a trained network uses all.
     """
 
     objective: str = "elbo"
@@ -73,12 +75,15 @@ class NetworkSettings:
     features: tuple[int, ...] = (16, 32, 32, 32, 32, 16)
     batch: int = 4
     mixed_precision: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"expected an objective of {OBJECTIVES}, got {self.objective!r}")
         if self.similarity not in ("correlation", "gaussian"):
             raise ValueError(f'expected a similarity "correlation" or "gaussian", got {self.similarity!r}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"expected a dropout of at least 0 and less than 1, got {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -92,27 +97,6 @@ class Cohort:
 
     def to(self, device: torch.device) -> Cohort:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-
-def own_world(grid: Grid) -> Affine:
-    """From the world whose origin is a grid's middle and whose axes are its voxel axes, in the order and direction nearest to the world's, to the
-    world of the grid: rigid."""
-    d = grid.ndim
-    directions = grid.affine[:d, :d] / grid.affine[:d, :d].norm(dim=0)
-    matrix = torch.eye(d + 1, dtype=torch.float64)
-    for row, column in enumerate(grid.nearest_axes):
-        matrix[:d, row] = directions[:, column] * directions[row, column].sign()
-    matrix[:d, d] = grid.voxel_to_world((torch.tensor(grid.shape, dtype=torch.float64) - 1) / 2)
-    return Affine(matrix)
-
-
-def common_grid(grids: Sequence[Grid], spacing_mm: float | None = None) -> Grid:
-    """The grid on which the network sees every scan, in their own worlds: the largest field of view along each axis, at the smallest spacing."""
-    sides = [[(g.shape[a] * g.spacing[a], g.spacing[a]) for a in g.nearest_axes] for g in grids]
-    axes = range(grids[0].ndim)
-    spacing = [spacing_mm or min(side[a][1] for side in sides) for a in axes]
-    shape = [_MULTIPLE * math.ceil(max(side[a][0] for side in sides) / (_MULTIPLE * spacing[a])) for a in axes]
-    return Grid.from_spacing(shape, spacing)
 
 
 def brought(volume: Volume, grid: Grid, labels: bool = False) -> Tensor:
@@ -155,6 +139,12 @@ def read_cohort(table: pd.DataFrame, source: Path, spacing_mm: float | None = No
     return Cohort(images, indices, tuple(path.name for path in paths), tuple(found.tolist())), grid
 
 
+def random_pairs(count: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Indices of moving and fixed scans, ``(batch,)`` each, of ``count``; no scan is paired with itself."""
+    moving = torch.randint(count, (batch,), generator=generator)
+    return moving, (moving + torch.randint(1, count, (batch,), generator=generator)) % count
+
+
 @dataclass(frozen=True)
 class TrainedRegistration:
     """A network with the model that it was trained for."""
@@ -187,7 +177,7 @@ class TrainedRegistration:
         model = Registration(prior, similarity)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = VelocityNetwork(grid.ndim, features=settings.features, mixed_precision=settings.mixed_precision)
+            network = VelocityNetwork(grid.ndim, features=settings.features, mixed_precision=settings.mixed_precision, dropout=settings.dropout)
             guide = RegistrationGuide(model, network, settings.posterior)
         return cls(grid, settings, model, guide)
 
@@ -218,6 +208,7 @@ class TrainedRegistration:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             fault = f"holds no registration network that can be read ({error})"
             raise UnusableInput(folder, fault, "give a folder that `probmed train registration` has written") from error
+        trained.guide.eval()
         return trained
 
     def start_from(self, cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> None:
@@ -275,11 +266,9 @@ class TrainedRegistration:
         """VoxelMorph's objectives, in voxels of the lattice; what is unknown is zero."""
         moving, fixed = moving.nan_to_num(0.0), fixed.nan_to_num(0.0)
         lattice, weight = self.lattice, self.settings.weight
-        loc, spread = self.guide.network(moving, fixed, lattice.shape)
-        scale = loc.new_tensor(lattice.spacing).reshape(-1, *[1] * self.grid.ndim)
-        voxels, probabilistic = loc / scale, self.settings.objective == "voxelmorph-probabilistic"
-        # The published network starts with log σ² at −10.
-        log_variance = 2 * spread - 10
+        mean, log_variance = self._published(moving, fixed)
+        scale, probabilistic = self._voxel(mean), self.settings.objective == "voxelmorph-probabilistic"
+        voxels = mean
         if probabilistic:
             voxels = voxels + (log_variance / 2).exp() * torch.randn_like(voxels)
         moved = warp(moving, self.grid, Velocity(lattice, voxels * scale), self.grid, fill="edge")
@@ -287,8 +276,26 @@ class TrainedRegistration:
             return losses.mean_squares(moved, fixed) + (0.01 if weight is None else weight) * losses.squared_differences(voxels)
         if not probabilistic:
             return losses.negative_correlation(moved, fixed) + (1.0 if weight is None else weight) * losses.squared_differences(voxels)
-        divergence = losses.voxelmorph_divergence(loc / scale, log_variance, 10.0 if weight is None else weight)
+        divergence = losses.voxelmorph_divergence(mean, log_variance, 10.0 if weight is None else weight)
         return losses.mean_squares(moved, fixed) / self.settings.image_sd**2 + 0.01 * divergence
+
+    def _published(self, moving: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the velocity in voxels of the lattice; the published network starts with log σ² at −10."""
+        loc, spread = self.guide.network(moving, fixed, self.lattice.shape)
+        return loc / self._voxel(loc), 2 * spread - 10
+
+    def _voxel(self, like: Tensor) -> Tensor:
+        """Sides of a voxel of the lattice, mm, to be multiplied with velocities."""
+        return like.new_tensor(self.lattice.spacing).reshape(-1, *[1] * self.grid.ndim)
+
+    def posterior(self, moving: Tensor, fixed: Tensor) -> ModulatedField:
+        """q(v | m, f) for images ``(B, 1, *shape)`` on the common grid, mm; a network that was trained for the published probabilistic objective has
+        the independent variances of that objective."""
+        if self.settings.objective != "voxelmorph-probabilistic":
+            return self.guide.distribution(moving, fixed)
+        mean, log_variance = self._published(moving, fixed)
+        voxel = self._voxel(mean)
+        return ModulatedField(mean * voxel, (log_variance / 2).exp() * voxel, torch.ones_like(mean[:1]), self.grid.ndim)
 
     def brought(self, volume: Volume) -> Tensor:
         """A scan on the network's grid, ``(1, 1, *shape)``.
@@ -303,7 +310,7 @@ class TrainedRegistration:
     @torch.no_grad()
     def velocities(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """The posterior mean for images ``(B, 1, *shape)`` on the common grid: ``(B, d, *lattice)``, mm."""
-        return self.guide.distribution(moving, fixed).loc
+        return self.posterior(moving, fixed).loc
 
     def validation(self, cohort: Cohort, pairs: Sequence[tuple[int, int]]) -> Row:
         """Dice over labels but the first, and the share of voxels that fold, over pairs; the label map is carried by the nearest voxel."""
@@ -346,14 +353,16 @@ def train_registration(
     trained.start_from(here, [(n, (n + 1) % count) for n in range(min(count, 8))])
 
     def batches(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        moving = torch.randint(count, (settings.batch,), generator=generator)
-        fixed = (moving + torch.randint(1, count, (settings.batch,), generator=generator)) % count
+        moving, fixed = random_pairs(count, settings.batch, generator)
         return moving.to(fabric.device), fixed.to(fabric.device)
 
     def validate() -> Row:
         n = len(checked.images)  # type: ignore[union-attr]
         chosen = np.random.default_rng(0).permutation([(m, f) for m in range(n) for f in range(n) if m != f])[:20]
-        return trained.validation(checked, [(int(m), int(f)) for m, f in chosen])  # type: ignore[arg-type]
+        trained.guide.eval()
+        row = trained.validation(checked, [(int(m), int(f)) for m, f in chosen])  # type: ignore[arg-type]
+        trained.guide.train()
+        return row
 
     modules = {"guide": trained.guide}
     log = train(
@@ -367,6 +376,7 @@ def train_registration(
         fabric=fabric,
         tell=tell,
     )
+    trained.guide.eval()
     if folder is not None and fabric.is_global_zero:
         trained.save(folder)
     return trained, log
@@ -384,7 +394,7 @@ def answer(trained: TrainedRegistration, moving: Volume, fixed: Volume, *, draws
     m, f = (trained.brought(volume).to(trained.device) for volume in (moving, fixed))
     lattice = trained.lattice
     with torch.no_grad():
-        q = trained.guide.distribution(m, f)
+        q = trained.posterior(m, f)
     found = None
     if refine:
         found = refine_field(trained.model, trained.guide, "velocity", q, (m[0], trained.grid, trained.grid, f[0]), steps=refine, seed=seed)

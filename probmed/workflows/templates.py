@@ -8,8 +8,8 @@ raised with the others fixed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,9 @@ from probmed.priors import SmoothVelocity
 from probmed.similarities import GaussianNoise, LocalCorrelation, Similarity
 from probmed.transforms import Affine, Displacement, Transform, Velocity, warp
 from probmed.volumes import UnusableInput, Volume, scaled
-from probmed.workflows.amortisation import common_grid, own_world
+from probmed.workflows.cohorts import common_grid, own_world
 from probmed.workflows.registration import prior_scales
+from probmed.workflows.stages import pick_device
 
 SIMILARITIES = ("gaussian", "correlation")
 _SMALLEST_SIDE = 8  # voxels of the coarsest level
@@ -66,8 +67,8 @@ class TemplateSettings:
     def __post_init__(self) -> None:
         if self.similarity not in SIMILARITIES:
             raise ValueError(f"expected a similarity of {SIMILARITIES}, got {self.similarity!r}")
-        if len(self.rounds) != len(self.levels):
-            raise ValueError(f"expected rounds for {len(self.levels)} levels, got {len(self.rounds)}")
+        if not self.levels or len(self.rounds) != len(self.levels):
+            raise ValueError(f"expected levels, and rounds for each, got {self.levels} and {self.rounds}")
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,15 @@ class CohortState:
         """Of the velocities."""
         return self.model.deformation.grid
 
+    def on_cpu(self) -> CohortState:
+        """The fields there; the latents of the similarity, which only the fit needs, stay."""
+        return replace(self, model=self.model.cpu(), template=self.template.cpu(), effects=self.effects.cpu(), velocities=self.velocities.cpu())
+
     def on(self, model: Template) -> CohortState:
         """Interpolated to another level."""
         fields = partial(along_axes, matrices=interpolation_matrices(self.lattice, model.deformation.grid, self.velocities))
         images = interpolation_matrices(self.model.grid, model.grid, self.template)
-        count = len(self.velocities)
-        return CohortState(model, along_axes(self.template, images), fields(self.effects), fields(self.velocities), [{} for _ in range(count)])
+        return CohortState(model, along_axes(self.template, images), fields(self.effects), fields(self.velocities), [{} for _ in self.velocities])
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class TemplateResult:
     Arguments:
         state: on the finest level; intensities are those of scans whose foreground's mean is one.
         scans: as given. affines: the template's world to each scan's, mm.
-        means, sds: of the covariates, ``(P,)``, by which they are standardised; names: theirs.
+        names: of the covariates. values: theirs, ``(N, P)``, in their own units.
         history: spacing and log joint (nats, tempered) of each round.
     """
 
@@ -115,45 +119,59 @@ class TemplateResult:
     scans: tuple[Volume, ...]
     affines: tuple[Affine, ...]
     names: tuple[str, ...]
-    means: Tensor
-    sds: Tensor
+    values: Tensor
     history: tuple[tuple[float, float], ...]
+    settings: TemplateSettings
 
     @property
     def grid(self) -> Grid:
+        """Of the template, in a world of its own."""
         return self.state.model.grid
 
-    def standardised(self, values: Tensor) -> Tensor:
-        """Covariates ``(N, P)`` with the cohort's mean 0 and standard deviation 1."""
-        return (values - self.means) / self.sds
+    @property
+    def means(self) -> Tensor:
+        """Of the covariates, ``(P,)``."""
+        return self.values.mean(0)
+
+    @property
+    def sds(self) -> Tensor:
+        """Of the covariates, ``(P,)``."""
+        return spread(self.values)
+
+    def ends(self, index: int) -> tuple[float, float]:
+        """Least and greatest value of a covariate."""
+        column = self.values[:, index]
+        return float(column.min()), float(column.max())
+
+    def intensities(self, values: Sequence[float] | None = None) -> Tensor:
+        """t_0 + Σ c_j t_j at values of the covariates, their means by default, ``(*shape)``."""
+        return torch.tensordot(self.state.model.design(self._standardised(values))[0], self.state.template, 1)
 
     def at(self, values: Sequence[float] | None = None) -> Tensor:
-        """The template at values of the covariates, their means by default, ``(*shape)``."""
-        covariates = self.means[None] if values is None else torch.as_tensor(values, dtype=self.means.dtype)[None]
-        return expected(self.state, self.standardised(covariates).to(self.state.template))
+        """The template at values of the covariates, their means by default: (t_0 + Σ c_j t_j) ∘ exp(Σ c_j u_j), ``(*shape)``."""
+        image, model = self.intensities(values), self.state.model
+        velocity = Velocity(self.state.lattice, model.mean_velocity(self._standardised(values), self.state.effects)[0])
+        return warp(image[None], model.grid, velocity, model.grid, fill="edge")[0]
 
-    def from_scan(self, n: int) -> Transform:
-        """Where points of the template's world come from in scan n's, mm: pulls that scan onto the template."""
-        return self.affines[n] @ self._flow(n).inverse()
-
-    def to_scan(self, n: int) -> Transform:
-        """Where points of scan n's world come from in the template's, mm: pulls the template onto that scan."""
-        return self._flow(n) @ self.affines[n].inverse()
-
-    def _flow(self, n: int) -> Displacement:
+    def flow(self, n: int) -> Displacement:
+        """exp(v_n), from the space that scan n's affine map brought it to, to the template's, mm; with its inverse."""
         field = self.state.velocities[n]
         # On the template's own grid: between the nodes of a coarser one the inverse is less exact.
         return Velocity(self.grid, along_axes(field, interpolation_matrices(self.state.lattice, self.grid, field))).exp().with_exact_inverse()
 
+    def from_scan(self, n: int) -> Transform:
+        """Where points of the template's world come from in scan n's, mm: pulls that scan onto the template."""
+        return self.affines[n] @ self.flow(n).inverse()
 
-def expected(state: CohortState, covariates: Tensor) -> Tensor:
-    """(t_0 + Σ c_j t_j) ∘ exp(Σ c_j u_j), ``(*shape)``, at standardised covariates ``(1, P)``."""
-    model = state.model
-    image = torch.tensordot(model.design(covariates)[0], state.template, 1)
-    if not model.covariates:
-        return image
-    velocity = Velocity(state.lattice, model.mean_velocity(covariates, state.effects)[0])
-    return warp(image[None], model.grid, velocity, model.grid, fill="edge")[0]
+    def to_scan(self, n: int) -> Transform:
+        """Where points of scan n's world come from in the template's, mm: pulls the template onto that scan."""
+        return self.flow(n) @ self.affines[n].inverse()
+
+    def _standardised(self, values: Sequence[float] | None) -> Tensor:
+        """Covariates ``(1, P)`` with the cohort's mean 0 and standard deviation 1."""
+        if values is None:
+            return self.state.template.new_zeros(1, len(self.names))
+        return ((torch.as_tensor(values, dtype=torch.float64) - self.means) / self.sds)[None].to(self.state.template)
 
 
 def estimate_template(
@@ -163,7 +181,7 @@ def estimate_template(
     *,
     settings: TemplateSettings | None = None,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: str = "auto",
     progress: Callable[[str, float], None] | None = None,
 ) -> TemplateResult:
     """The template of a cohort.
@@ -183,53 +201,73 @@ def estimate_template(
         if scan.grid.ndim != scans[0].grid.ndim:
             raise UnusableInput(scan.name, f"has {scan.grid.ndim} axes and {scans[0].name} {scans[0].grid.ndim}", "give scans of one dimension")
     values = torch.zeros(len(scans), 0, dtype=torch.float64) if covariates is None else covariates.double()
-    means = values.mean(0)
-    sds = (values - means).square().mean(0).sqrt()
-    if len(values) != len(scans) or not bool(values.isfinite().all()) or not bool((sds > 0).all()):
+    if len(values) != len(scans) or not bool(values.isfinite().all()) or not bool((spread(values) > 0).all()):
         raise ValueError(f"expected finite covariates that vary, for {len(scans)} scans, got {tuple(values.shape)}")
     grid = common_grid([scan.grid for scan in scans], settings.spacing_mm)
     images, grids = [scaled(scan.data) for scan in scans], [scan.grid for scan in scans]
     affines = mean_space(images, grids, grid, settings.affine, seed, lambda share: tell("affine", 0.3 * share))
-    standardised = ((values - means) / sds).to(device, torch.float32)
+    standardised = ((values - values.mean(0)) / spread(values)).to(pick_device(device), torch.float32)
+
+    def brought(target: Grid, spacing_mm: float) -> Tensor:
+        return torch.stack([_brought(*scan, target, spacing_mm) for scan in zip(images, grids, affines, strict=True)]).to(standardised)
+
+    history = []
+    for spacing, share, state in climb(brought, grid, standardised, settings):
+        history.append((spacing, state.log_joint))
+        tell("template", 0.3 + 0.7 * share)
+    return TemplateResult(state.on_cpu(), tuple(scans), tuple(affines), tuple(names), values, tuple(history), settings)
+
+
+def spread(values: Tensor) -> Tensor:
+    """Standard deviation of each covariate, ``(P,)``, of the scans that there are."""
+    return (values - values.mean(0)).square().mean(0).sqrt()
+
+
+def climb(
+    brought: Callable[[Grid, float], Tensor], grid: Grid, covariates: Tensor, settings: TemplateSettings
+) -> Iterator[tuple[float, float, CohortState]]:
+    """The joint mode after each round, from coarse to fine: spacing (mm), share of the work done, state.
+
+    Arguments:
+        brought: all scans on a grid, averaged to a spacing, ``(N, *shape)``.
+        covariates: ``(N, P)``, standardised.
+    """
     levels = [k for k in settings.levels if min(grid.shape) / k >= _SMALLEST_SIDE] or [settings.levels[-1]]
-    history: list[tuple[float, float]] = []
     state: CohortState | None = None
     for number, k in enumerate(levels):
-        spacing = k * min(grid.spacing)
+        spacing, rounds = k * min(grid.spacing), settings.rounds[settings.levels.index(k)]
         here = averaged(torch.zeros(grid.shape), grid, spacing)[1]
-        data = torch.stack([_brought(*scan, here, spacing) for scan in zip(images, grids, affines, strict=True)]).to(device)
+        images = brought(here, spacing)
         # As in a pair: the finest image moves velocities of twice its spacing.
         lattice = here if state is None or k != levels[-1] else state.lattice
-        model = build_template(here, lattice, settings, standardised.shape[1]).to(device)
-        state = _start(model, data, len(scans)) if state is None else state.on(model)
-        for turn in range(settings.rounds[settings.levels.index(k)]):
-            raised = improve(state, data[:, None], standardised, settings.iterations)
+        model = build_template(here, lattice, settings, covariates.shape[1], images.nanmean(0).nan_to_num(0.0)).to(images)
+        state = _start(model, len(images)) if state is None else state.on(model)
+        for turn in range(1, rounds + 1):
+            raised = improve(state, images[:, None], covariates, settings.iterations)
             gain = raised.log_joint - state.log_joint
             if gain < 0:
                 break
             state = raised
-            history.append((spacing, state.log_joint))
-            tell("template", 0.3 + 0.7 * (number + (turn + 1) / settings.rounds[settings.levels.index(k)]) / len(levels))
-            if gain < _TOLERANCE * data.numel():
+            yield spacing, (number + turn / rounds) / len(levels), state
+            if gain < _TOLERANCE * images.numel():
                 break
-    return TemplateResult(state, tuple(scans), tuple(affines), tuple(names), means, sds, tuple(history))  # type: ignore[arg-type]
 
 
-def build_template(grid: Grid, lattice: Grid, settings: TemplateSettings, covariates: int) -> Template:
-    """The model on one level; lattice: of the velocities."""
+def build_template(grid: Grid, lattice: Grid, settings: TemplateSettings, covariates: int, mean: Tensor) -> Template:
+    """The model on one level; lattice: of the velocities. mean: of the scans, ``(*grid.shape)``."""
     usual = prior_scales(grid)
     deformation = SmoothVelocity(lattice, settings.sd_mm or usual[0], settings.length_mm or usual[1], settings.alpha)
     options: dict[str, Any] = {} if settings.tempering is None else {"tempering": settings.tempering}
     similarity: Similarity = LocalCorrelation(ndim=grid.ndim, **options) if settings.similarity == "correlation" else GaussianNoise(**options)
-    return Template(grid, deformation, similarity, covariates, settings.share)
+    return Template(grid, deformation, similarity, covariates, settings.share, mean.cpu())
 
 
-def _start(model: Template, data: Tensor, count: int) -> CohortState:
+def _start(model: Template, count: int) -> CohortState:
     """The mean of the scans, nothing deformed."""
-    still = data.new_zeros(model.grid.ndim, *model.deformation.grid.shape)
-    template = torch.zeros(1 + model.covariates, *model.grid.shape).to(data)
-    template[0] = data.nanmean(0).nan_to_num(float(model.level))
-    return CohortState(model, template, still.expand(model.covariates, *still.shape), still.expand(count, *still.shape), [{} for _ in range(count)])
+    template = model.prior().loc
+    still = template.new_zeros(model.grid.ndim, *model.deformation.grid.shape)
+    effects, velocities = (still.expand(n, *still.shape) for n in (model.covariates, count))
+    return CohortState(model, template, effects, velocities, [{} for _ in range(count)])
 
 
 def improve(state: CohortState, images: Tensor, covariates: Tensor, iterations: int) -> CohortState:
