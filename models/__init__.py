@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from pyro.nn import PyroModule
 
+from probmed.models.longitudinal import Longitudinal
 from probmed.models.registration import Registration
 from probmed.models.segmentation import Segmentation
 from probmed.models.template import Template
 
-__all__ = ["Registration", "Segmentation", "Template"]  # the models; ZOO, Entry and entry describe them
+__all__ = ["Longitudinal", "Registration", "Segmentation", "Template"]  # the models; ZOO, Entry and entry describe them
 
-ZOO: dict[str, type[PyroModule]] = {"segmentation": Segmentation, "registration": Registration, "template": Template}
+ZOO: dict[str, type[PyroModule]] = {"segmentation": Segmentation, "registration": Registration, "template": Template, "longitudinal": Longitudinal}
 """Name on the command line → model."""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import LabelAtlas
 from probmed.grids import Grid
+from probmed.models.longitudinal import BASELINES, Longitudinal
 from probmed.models.registration import Registration, RegistrationGuide
 from probmed.models.segmentation import Segmentation
 from probmed.models.template import Template
@@ -40,6 +41,7 @@ from probmed.similarities import (
     Similarity,
     StudentNoise,
 )
+from probmed.slopes import DenseKernels, FollowUps
 from probmed.transforms import Affine
 
 NAMES = ("GM", "WM", "air")
@@ -211,6 +213,17 @@ def cohort(covariates: int, _: int = 0) -> tuple[Any, ...]:
     return (values[:, :covariates],)
 
 
+def followed_people(_: int = 0) -> tuple[Any, ...]:
+    """Design, kernels and visits of six people, one of whom was not seen again."""
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.get_default_dtype()}
+    design = torch.stack([torch.ones(6), torch.randn(6, **options)], 1)
+    features = torch.randn(2, 6, 3, **options)
+    subject = torch.tensor([0, 0, 1, 2, 2, 2, 3, 5])
+    visits = FollowUps(0.5 + 2 * torch.rand(8, **options), subject, 6)
+    return design, DenseKernels(features @ features.mT), visits
+
+
 def pair(_: int) -> tuple[Any, ...]:
     return (*smooth_image(), oblique_grid())
 
@@ -293,6 +306,14 @@ def _models() -> dict[str, Case]:
             cases[f"Template_{count}_{like}"] = Case(
                 partial(tiny_template, similarity, count), partial(cohort, count), changed | noises, "images"
             )
+    for baseline in BASELINES:
+        free = {"baseline_noise"} if baseline == "free" else set()
+        cases[f"Longitudinal_{baseline}"] = Case(
+            partial(Longitudinal, baseline=baseline),
+            followed_people,
+            frozenset({"coefficients", "components", "noise"} | free),
+            "change",
+        )
     for label, (prior, sites) in LABEL_PRIORS.items():
         for look, (appearance, channels) in APPEARANCES.items():
             for biased in (False, True):

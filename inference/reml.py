@@ -1,0 +1,384 @@
+"""Variance components of rates of change by restricted maximum likelihood, and what follows: effects, heritability, tests, predictions.
+
+With V the covariance of the changes d and P = V⁻¹ − V⁻¹X(XᵀV⁻¹X)⁻¹XᵀV⁻¹, an iteration adds to the components the gradient of the log likelihood
+divided by the average information ½ dᵀP V_i P V_j P d, and halves the step until the likelihood rises. Components stop at 0. The log likelihood is of
+the changes themselves, log|XᵀV⁻¹X| in it and log|XᵀX| not.
+
+References: Gilmour, Thompson & Cullis, Biometrics 1995 (average information); Self & Liang, JASA 1987 (tests on the boundary).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import brentq
+from scipy.stats import chi2, norm
+from torch import Tensor
+
+from probmed.slopes import Collapsed, Factor, FollowUps, Relationship, among, collapse
+
+_LOG_2PI = math.log(2 * math.pi)
+_HALVINGS = 20
+_RIDGE = 1e-10  # relative, for components that cannot be told apart
+_FLOOR = 1e-8  # of the noise, relative to the changes' variance
+
+
+@dataclass(frozen=True)
+class ChangeData:
+    """Changes since baseline with what explains them.
+
+    Arguments:
+        change: d, ``(N,)``, float64. visits: their times and persons. design: x, ``(P, q)``. relationship: kernels between the P people.
+        baseline: "same", "none" or "free", as ``Longitudinal``.
+    """
+
+    change: Tensor
+    visits: FollowUps
+    design: Tensor
+    relationship: Relationship
+    baseline: str = "same"
+
+    def __post_init__(self) -> None:
+        people = {len(self.design), self.relationship.people, self.visits.people}
+        if len(people) > 1 or len(self.change) != len(self.visits):
+            raise ValueError(f"expected one number of people and changes for {len(self.visits)} visits, got {people} and {len(self.change)}")
+        if not bool(self.change.isfinite().all()) or not bool(self.design.isfinite().all()):
+            raise ValueError("expected finite changes and covariates, got some that are not")
+        seen = collapse(self.visits, self.change, *self.change.new_ones(2)).seen
+        rank = int(torch.linalg.matrix_rank(self.design[seen]))
+        if rank < self.design.shape[1]:
+            raise ValueError(f"expected covariates that differ between the people seen again, got {self.design.shape[1]} columns of rank {rank}")
+        if len(seen) <= rank:
+            raise ValueError(f"expected more people seen again than the {rank} covariates, got {len(seen)}")
+
+    @property
+    def count(self) -> int:
+        """Number of variance components: those of the kernels, σ², and σ_B² where it is free."""
+        return self.relationship.components + (2 if self.baseline == "free" else 1)
+
+    def noises(self, variances: Tensor) -> tuple[Tensor, Tensor]:
+        """σ² and σ_B²."""
+        noise = variances[self.relationship.components]
+        if self.baseline == "free":
+            return noise, variances[-1]
+        return noise, noise if self.baseline == "same" else torch.zeros_like(noise)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """At given components: the collapsed data, M's factor, and generalised least squares."""
+
+    told: Collapsed
+    factor: Factor
+    gram: Tensor
+    coefficients: Tensor
+    residual: Tensor
+    weighted: Tensor
+    log_likelihood: Tensor
+
+
+def _solve(data: ChangeData, variances: Tensor, restricted: bool) -> _Solved:
+    told = collapse(data.visits, data.change, *data.noises(variances))
+    design, kernels = data.design[told.seen], data.relationship.components
+    factor = among(data.relationship, told.seen).plus(variances[:kernels], 1 / told.precision)
+    both = factor.solve(torch.cat([design, told.slope[:, None]], 1))
+    gram = design.mT @ both[:, :-1]
+    coefficients = torch.linalg.solve(gram, design.mT @ both[:, -1])
+    residual = told.slope - design @ coefficients
+    weighted = both[:, -1] - both[:, :-1] @ coefficients
+    value = told.rest - 0.5 * (len(residual) * _LOG_2PI + factor.logdet() + residual @ weighted)
+    if restricted:
+        value = value + 0.5 * (len(coefficients) * _LOG_2PI - torch.linalg.slogdet(gram)[1])
+    return _Solved(told, factor, gram, coefficients, residual, weighted, value)
+
+
+def log_likelihood(data: ChangeData, variances: Tensor, restricted: bool = True) -> Tensor:
+    """log p(d | τ, σ²) with β at its generalised least squares, or, restricted, integrated out; nats.
+
+    Arguments:
+        variances: τ of each kernel, σ², and σ_B² where it is free.
+    """
+    return _solve(data, variances, restricted).log_likelihood
+
+
+def average_information(data: ChangeData, variances: Tensor) -> Tensor:
+    """½ dᵀP V_i P V_j P d, ``(components, components)``, which for large samples is the information of the components."""
+    visits, relationship = data.visits, data.relationship
+    noise, first = data.noises(variances)
+    solved = _solve(data, variances, True)
+    seen, delta = solved.told.seen, visits.delta.to(data.change)[:, None]
+    counts = visits.sums(torch.ones_like(data.change))
+    rho = (first / (noise + counts * first))[visits.subject][:, None]
+    inner = among(relationship, seen)
+
+    def shared(x: Tensor) -> Tensor:
+        """11ᵀ x within each person."""
+        return visits.sums(x)[visits.subject]
+
+    def unrelated(x: Tensor) -> Tensor:
+        """R⁻¹ x."""
+        return (x - rho * shared(x)) / noise
+
+    def project(x: Tensor) -> Tensor:
+        """P x: what is collapsed goes through M, the rest through R alone."""
+        outer = unrelated(x)
+        rate = visits.sums(delta * outer)[seen] / solved.told.precision[:, None]
+        weighted = solved.factor.solve(rate)
+        design = data.design[seen]
+        weighted = weighted - solved.factor.solve(design) @ torch.linalg.solve(solved.gram, design.mT @ weighted)
+        change = rate - weighted / solved.told.precision[:, None]
+        every = x.new_zeros(visits.people, x.shape[1]).index_copy(0, seen, change)
+        return outer - unrelated(delta * every[visits.subject])
+
+    projected = project(data.change[:, None])
+    rates = visits.sums(delta * projected)[seen]
+    columns = []
+    for k in range(relationship.components):
+        every = rates.new_zeros(visits.people, 1).index_copy(0, seen, inner.product(k, rates))
+        columns.append(delta * every[visits.subject])
+    columns.append(projected + (shared(projected) if data.baseline == "same" else 0.0))
+    if data.baseline == "free":
+        columns.append(shared(projected))
+    stacked = torch.cat(columns, 1)
+    return 0.5 * stacked.mT @ project(stacked)
+
+
+@dataclass(frozen=True)
+class ChangeFit:
+    """Estimates of the components and all that they imply.
+
+    Arguments:
+        variances: as ``log_likelihood`` has them. information: average, of them.
+        coefficients: β, ``(q,)``; coefficient_covariance: of β.
+        log_likelihood: restricted or not, as asked for. converged: whether the last step gained less than the tolerance.
+    """
+
+    data: ChangeData
+    variances: Tensor
+    information: Tensor
+    coefficients: Tensor
+    coefficient_covariance: Tensor
+    log_likelihood: float
+    restricted: bool
+    converged: bool
+    iterations: int
+
+    @property
+    def covariance(self) -> Tensor:
+        """Of the components, from their information; 0 for those at 0."""
+        free = (self.variances > 0).nonzero()[:, 0]
+        full = torch.zeros_like(self.information)
+        full[free[:, None], free] = torch.linalg.inv(self.information[free][:, free])
+        return full
+
+    @property
+    def standard_errors(self) -> Tensor:
+        """Of the components."""
+        return self.covariance.diagonal().clamp_min(0).sqrt()
+
+    def coefficient_intervals(self, level: float = 0.95) -> Tensor:
+        """``(q, 2)``, normal."""
+        half = float(norm.ppf((1 + level) / 2)) * self.coefficient_covariance.diagonal().sqrt()
+        return torch.stack([self.coefficients - half, self.coefficients + half], -1)
+
+    def share(self, part: Sequence[int], whole: Sequence[int] | None = None) -> tuple[float, float]:
+        """A ratio of sums of components, such as heritability, and its standard error by the delta method.
+
+        Arguments:
+            part, whole: indices of components. By default the whole is all kernels, of which rates consist, and the noise too where it is a part of
+                the person: a trait that was measured once, of which every Δx is 1 and the baseline "none". Kernels count by their mean diagonal.
+        """
+        top, bottom = self._weights(part), self._weights(self._whole(whole))
+        total = bottom @ self.variances
+        ratio = (top @ self.variances) / total
+        slope = (top - ratio * bottom) / total
+        return float(ratio), float((slope @ self.covariance @ slope).clamp_min(0).sqrt())
+
+    def share_interval(self, component: int, whole: Sequence[int] | None = None, level: float = 0.95) -> tuple[float, float]:
+        """Of one component's ``share``: where twice the log likelihood, maximised over all else, falls by less than the quantile of χ²₁. Unlike the
+        standard error it knows that shares lie between 0 and 1."""
+        estimate, _ = self.share([component], whole)
+        enough = float(chi2.ppf(level, 1))
+
+        def fall(share: float) -> float:
+            return 2 * (self.log_likelihood - self._at_share(component, whole, share)) - enough
+
+        edge = 1e-3
+        low = 0.0 if estimate <= edge or fall(0.0) <= 0 else float(brentq(fall, 0.0, estimate, xtol=edge))
+        top = 1 - edge
+        high = 1.0 if estimate >= top or fall(top) <= 0 else float(brentq(fall, estimate, top, xtol=edge))
+        return low, high
+
+    def _at_share(self, component: int, whole: Sequence[int] | None, share: float) -> float:
+        """The log likelihood where a component has a share of the whole: it is then a multiple of what the others sum to."""
+        weights = self._weights(self._whole(whole))
+        others = [k for k in range(self.data.count) if k != component]
+        mixing = torch.eye(self.data.count).to(self.variances)[:, others]
+        mixing[component] = share / (1 - share) * weights[others] / weights[component]
+        return fit_components(self.data, self.restricted, self.variances[others], mixing, tolerance=1e-6).log_likelihood
+
+    def _whole(self, whole: Sequence[int] | None) -> Sequence[int]:
+        if whole is not None:
+            return whole
+        visits = self.data.visits
+        once = self.data.baseline == "none" and bool((visits.delta == 1).all()) and len(visits.subject.unique()) == len(visits)
+        return range(self.data.count if once else self.data.relationship.components)
+
+    def _weights(self, chosen: Sequence[int]) -> Tensor:
+        """What a component adds to the variance of a person, on average; 0 for those that are not chosen."""
+        relationship = self.data.relationship
+        weights = torch.ones_like(self.variances)
+        for k in range(relationship.components):
+            weights[k] = relationship.diagonal(k).mean()
+        return torch.zeros_like(weights).index_fill(0, torch.tensor(list(chosen)), 1.0) * weights
+
+    def dual(self) -> Tensor:
+        """α, ``(P, K)``: the rates' kernel machine, h_k = K_k α_k with α_k = τ_k M⁻¹(b − Xβ); 0 for people without a follow-up."""
+        solved = _solve(self.data, self.variances, self.restricted)
+        every = self.data.design.new_zeros(self.data.visits.people).index_copy(0, solved.told.seen, solved.weighted)
+        return every[:, None] * self.variances[: self.data.relationship.components]
+
+    def effects(self) -> Tensor:
+        """ĥ_k of all people, ``(P, K)``: the posterior mean of the rate that each kernel explains (best linear unbiased prediction)."""
+        alpha = self.dual()
+        return torch.cat([self.data.relationship.product(k, alpha[:, k : k + 1]) for k in range(alpha.shape[1])], 1)
+
+    def predict(self, visits: FollowUps) -> Prediction:
+        """Changes at visits of any of the people, whose own follow-ups count as those of others do.
+
+        The rate's uncertainty is that of h and of β̂ (kriging with an unknown mean); the components are taken as they were estimated.
+        """
+        data, kernels = self.data, self.data.relationship.components
+        solved = _solve(data, self.variances, self.restricted)
+        people, where = visits.subject.unique(return_inverse=True)
+        one_hot = data.design.new_zeros(visits.people, len(people)).index_put((people, torch.arange(len(people))), data.design.new_ones(()))
+        columns = torch.stack([self.variances[k] * data.relationship.product(k, one_hot) for k in range(kernels)]).sum(0)
+        own = columns[people, torch.arange(len(people))]
+        cross = columns[solved.told.seen]
+        solution = solved.factor.solve(cross)
+        mean = data.design[people] @ self.coefficients + cross.mT @ solved.weighted
+        lever = data.design[people] - solution.mT @ data.design[solved.told.seen]
+        variance = own - (cross * solution).sum(0) + ((lever @ self.coefficient_covariance) * lever).sum(1)
+        # The baseline's error, which all changes of a person share, is known in part from those that were seen.
+        noise, first = data.noises(self.variances)
+        seen = torch.stack([torch.ones_like(data.change), data.visits.delta.to(data.change), data.change], 1)
+        count, times, changes = data.visits.sums(seen)[visits.subject].unbind(1)
+        kappa = first / (noise + count * first)
+        slope = visits.delta.to(data.change) - kappa * times
+        left = first * (1 - count * kappa) + noise
+        return Prediction(kappa * changes + slope * mean[where], (slope**2 * variance[where] + left).sqrt())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Normal predictive distributions of changes as they would be measured; mean, sd: ``(N,)``."""
+
+    mean: Tensor
+    sd: Tensor
+
+    def interval(self, level: float = 0.9) -> Tensor:
+        """``(N, 2)``."""
+        half = float(norm.ppf((1 + level) / 2)) * self.sd
+        return torch.stack([self.mean - half, self.mean + half], -1)
+
+
+def fit_components(
+    data: ChangeData,
+    restricted: bool = True,
+    start: Tensor | None = None,
+    mixing: Tensor | None = None,
+    iterations: int = 100,
+    tolerance: float = 1e-10,
+) -> ChangeFit:
+    """Components at the maximum of their likelihood.
+
+    Arguments:
+        start: of the components, or of what they are mixed from; equal parts of the changes' variance by default.
+        mixing: ``(components, free)``, not negative: the components are this times free numbers ≥ 0, which are estimated. The identity by default.
+        tolerance: nats.
+
+    Raises:
+        FloatingPointError: where the likelihood is not finite at the start.
+    """
+    mixing = torch.eye(data.count).to(data.change) if mixing is None else mixing
+    lowest = torch.zeros(data.count).to(data.change)
+    lowest[data.relationship.components] = _FLOOR * data.change.square().mean()
+    lowest = mixing.mT @ lowest
+    free = torch.maximum(_start(data) if start is None else start, lowest)
+    value, gradient = _with_gradient(data, free, mixing, restricted)
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the log likelihood is {value} at the start")
+    converged, taken = False, 0
+    while taken < iterations and not converged:
+        taken += 1
+        movable = ((free > lowest) | (gradient > 0)).nonzero()[:, 0]
+        information = (mixing.mT @ average_information(data, mixing @ free) @ mixing)[movable][:, movable]
+        ridge = _RIDGE * information.diagonal().mean() * torch.eye(len(movable)).to(information)
+        step = torch.zeros_like(free)
+        step[movable] = torch.linalg.solve(information + ridge, gradient[movable])
+        size, gain = 1.0, -math.inf
+        for _ in range(_HALVINGS):
+            candidate = torch.maximum(free + size * step, lowest)
+            found, slope = _with_gradient(data, candidate, mixing, restricted)
+            gain = found - value
+            if gain >= 0:
+                break
+            size /= 2
+        if not gain >= 0:
+            # No step gains: at the maximum, as near as its value can tell.
+            converged = float(step @ gradient) < math.sqrt(tolerance)
+            break
+        free, value, gradient = candidate, found, slope
+        converged = gain < tolerance
+    variances = mixing @ free
+    solved = _solve(data, variances, restricted)
+    return ChangeFit(
+        data,
+        variances,
+        average_information(data, variances),
+        solved.coefficients,
+        torch.linalg.inv(solved.gram),
+        value,
+        restricted,
+        converged,
+        taken,
+    )
+
+
+def _start(data: ChangeData) -> Tensor:
+    """The changes' variance in equal parts, in the units of rates for kernels."""
+    total = (data.change - data.change.mean()).square().mean()
+    rate = total / data.visits.delta.to(data.change).square().mean()
+    kernels = data.relationship.components
+    means = torch.stack([data.relationship.diagonal(k).mean() for k in range(kernels)]) if kernels else total[None][:0]
+    return torch.cat([rate / means.clamp_min(1e-300), total.expand(data.count - kernels)]) / data.count
+
+
+def _with_gradient(data: ChangeData, free: Tensor, mixing: Tensor, restricted: bool) -> tuple[float, Tensor]:
+    leaf = free.clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            value = log_likelihood(data, mixing @ leaf, restricted)
+            (gradient,) = torch.autograd.grad(value, leaf)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return -math.inf, torch.zeros_like(free)
+    return float(value.detach()), gradient
+
+
+@dataclass(frozen=True)
+class ComponentTest:
+    """statistic: twice the log likelihood ratio; p_value: of ½χ²₀ + ½χ²₁, for the component lies on its boundary under the null."""
+
+    statistic: float
+    p_value: float
+
+
+def compare_component(fit: ChangeFit, component: int) -> ComponentTest:
+    """The likelihood-ratio test of one component against 0, all others being estimated."""
+    kept = [k for k in range(fit.data.count) if k != component]
+    null = fit_components(fit.data, fit.restricted, fit.variances[kept], torch.eye(fit.data.count).to(fit.variances)[:, kept])
+    statistic = max(0.0, 2 * (fit.log_likelihood - null.log_likelihood))
+    return ComponentTest(statistic, float(0.5 * chi2.sf(statistic, 1)) if statistic > 0 else 1.0)

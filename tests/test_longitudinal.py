@@ -1,0 +1,253 @@
+"""Variance components of change: against dense algebra, published values and another package, and by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from cases import followed_people
+from pyro.infer import MCMC, NUTS
+from test_slopes import dense_covariance
+from torch import Tensor
+
+from probmed.inference.reml import (
+    ChangeData,
+    ChangeFit,
+    average_information,
+    compare_component,
+    fit_components,
+    log_likelihood,
+)
+from probmed.models.longitudinal import Longitudinal
+from probmed.slopes import DenseKernels, FeatureKernels, FollowUps, SubjectChange
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+MODES = ["same", "none", "free"]
+
+
+def variances_of(mode: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Components, and the noises that they stand for."""
+    free = torch.tensor([0.5, 0.3, 0.2] + ([0.1] if mode == "free" else []))
+    return free, free[2], {"same": free[2], "none": torch.tensor(0.0), "free": free[-1]}[mode]
+
+
+def made_data(mode: str, people: int = 30, seed: int = 1) -> ChangeData:
+    torch.manual_seed(seed)
+    features = [torch.randn(people, 40) / math.sqrt(40), torch.randn(people, 20) / math.sqrt(20)]
+    kernels = DenseKernels(torch.stack([f @ f.T for f in features]))
+    subject = torch.repeat_interleave(torch.arange(people), torch.randint(0, 4, (people,)))
+    visits = FollowUps(0.3 + 3 * torch.rand(len(subject)), subject, people)
+    design = torch.stack([torch.ones(people), torch.randn(people)], 1)
+    free, noise, first = variances_of(mode)
+    change = SubjectChange(design @ torch.tensor([1.0, 0.5]), kernels, free[:2], visits, noise, first).sample()
+    return ChangeData(change, visits, design, kernels, mode)
+
+
+def dense(data: ChangeData, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """V, the visits' design and P."""
+    assert isinstance(data.relationship, DenseKernels)
+    noise, first = data.noises(variances)
+    covariance = dense_covariance(data.relationship.matrices, data.visits, variances[:2], noise, first)
+    design = data.visits.delta[:, None] * data.design[data.visits.subject]
+    inverse = torch.linalg.inv(covariance)
+    projection = inverse - inverse @ design @ torch.linalg.solve(design.T @ inverse @ design, design.T @ inverse)
+    return covariance, design, projection
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_likelihoods_and_information_are_those_of_dense_algebra(mode: str) -> None:
+    data = made_data(mode)
+    variances, *_ = variances_of(mode)
+    covariance, design, projection = dense(data, variances)
+    d, n = data.change, len(data.change)
+    gram = design.T @ torch.linalg.solve(covariance, design)
+    full = -0.5 * (n * math.log(2 * math.pi) + torch.logdet(covariance) + d @ projection @ d)
+    restricted = full + 0.5 * (2 * math.log(2 * math.pi) - torch.logdet(gram))
+    torch.testing.assert_close(log_likelihood(data, variances, False), full, rtol=0, atol=1e-8)
+    torch.testing.assert_close(log_likelihood(data, variances), restricted, rtol=0, atol=1e-8)
+    leaf = variances.clone().requires_grad_()
+    derivatives = torch.autograd.functional.jacobian(lambda v: dense(data, v)[0], leaf.detach()).movedim(-1, 0)
+    (gradient,) = torch.autograd.grad(log_likelihood(data, leaf), leaf)
+    py = projection @ d
+    expected = torch.stack([0.5 * (py @ v @ py - (projection * v).sum()) for v in derivatives])
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-8)
+    each = torch.stack([v @ py for v in derivatives], 1)
+    torch.testing.assert_close(average_information(data, variances), 0.5 * each.T @ projection @ each)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fit_is_a_maximum_and_effects_are_the_best_predictors(mode: str) -> None:
+    data = made_data(mode)
+    fit = fit_components(data)
+    assert fit.converged
+    leaf = fit.variances.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(log_likelihood(data, leaf), leaf)
+    assert float((gradient * fit.variances).abs().max()) < 1e-4
+    assert (gradient[fit.variances == 0] <= 0).all()
+    covariance, design, _ = dense(data, fit.variances)
+    beta = torch.linalg.solve(
+        design.T @ torch.linalg.solve(covariance, design), design.T @ torch.linalg.solve(covariance, data.change)
+    )
+    torch.testing.assert_close(fit.coefficients, beta, rtol=1e-7, atol=1e-8)
+    weighted = torch.linalg.solve(covariance, data.change - design @ beta)
+    alpha = data.visits.sums(data.visits.delta * weighted)
+    assert isinstance(data.relationship, DenseKernels)
+    effects = torch.stack([t * k @ alpha for t, k in zip(fit.variances[:2], data.relationship.matrices, strict=True)], 1)
+    torch.testing.assert_close(fit.effects(), effects, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(fit.dual(), alpha[:, None] * fit.variances[:2], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_predictions_are_the_conditional_normal_of_new_visits(mode: str) -> None:
+    data = made_data(mode)
+    fit = fit_components(data)
+    unseen = int((torch.bincount(data.visits.subject, minlength=30) == 0).nonzero()[0])
+    new = FollowUps(torch.tensor([1.0, 2.5, 4.0]), torch.tensor([int(data.visits.subject[0]), int(data.visits.subject[-1]), unseen]), 30)
+    joint = FollowUps(torch.cat([data.visits.delta, new.delta]), torch.cat([data.visits.subject, new.subject]), 30)
+    assert isinstance(data.relationship, DenseKernels)
+    everything = dense_covariance(data.relationship.matrices, joint, fit.variances[:2], *data.noises(fit.variances))
+    n = len(data.change)
+    covariance, cross, own = everything[:n, :n], everything[n:, :n], everything[n:, n:]
+    design, there = (v.delta[:, None] * data.design[v.subject] for v in (data.visits, new))
+    gain = torch.linalg.solve(covariance, cross.T).T
+    lever = there - gain @ design
+    gram = design.T @ torch.linalg.solve(covariance, design)
+    variance = own - gain @ cross.T + lever @ torch.linalg.solve(gram, lever.T)
+    found = fit.predict(new)
+    torch.testing.assert_close(found.mean, there @ fit.coefficients + gain @ (data.change - design @ fit.coefficients))
+    torch.testing.assert_close(found.sd, variance.diagonal().sqrt())
+    half = 1.6448536269514722 * found.sd
+    torch.testing.assert_close(found.interval(0.9), torch.stack([found.mean - half, found.mean + half], 1))
+
+
+def once(trait: Tensor, design: Tensor, relationship: DenseKernels | FeatureKernels) -> ChangeData:
+    """A trait that was measured once, the ordinary mixed model."""
+    people = len(trait)
+    return ChangeData(trait, FollowUps(torch.ones(people), torch.arange(people), people), design, relationship, "none")
+
+
+def test_published_values_of_glimix_core_are_reproduced() -> None:
+    features = torch.tensor([[1, 2], [3, -1], [1.1, 0.5], [0.5, -0.4]])
+    trait = torch.tensor([-1, 2, 0.3, 0.5])
+    for relationship in (DenseKernels((features @ features.T)[None]), FeatureKernels((features,))):
+        fit = fit_components(once(trait, torch.ones(4, 1), relationship), restricted=False)
+        assert fit.log_likelihood == pytest.approx(-2.2726234086180557, abs=1e-8)
+        assert fit.variances.tolist() == pytest.approx([0.33736446158226896, 0.012503600451739165], rel=1e-4)
+        assert fit.coefficients.tolist() == pytest.approx([0.0664650291693258], rel=1e-4)
+
+
+def test_restricted_likelihood_is_that_of_statsmodels() -> None:
+    mixed = pytest.importorskip("statsmodels.regression.mixed_linear_model")
+    torch.manual_seed(3)
+    groups = torch.repeat_interleave(torch.arange(12), torch.randint(2, 6, (12,)))
+    design = torch.stack([torch.ones(len(groups)), torch.randn(len(groups))], 1)
+    trait = design @ torch.tensor([1.0, 2.0]) + 0.8 * torch.randn(12)[groups] + 0.5 * torch.randn(len(groups))
+    theirs = mixed.MixedLM(trait.numpy(), design.numpy(), groups.numpy()).fit(reml=True)
+    indicators = torch.nn.functional.one_hot(groups).to(design)
+    data = once(trait, design, FeatureKernels((indicators,)))
+    at = torch.tensor([float(np.asarray(theirs.cov_re)[0, 0]), float(theirs.scale)])
+    assert float(log_likelihood(data, at)) == pytest.approx(theirs.llf, abs=1e-8)
+    fit = fit_components(data)
+    assert fit.log_likelihood >= theirs.llf - 1e-8
+    assert fit.variances.tolist() == pytest.approx(at.tolist(), rel=1e-3)
+    assert fit.coefficients.tolist() == pytest.approx(list(theirs.fe_params), rel=1e-4)
+
+
+def heritable(people: int, heritability: float, seed: int) -> ChangeData:
+    generator = torch.Generator().manual_seed(seed)
+    genotypes = torch.bernoulli(torch.full((2, people, 200), 0.3), generator=generator).sum(0)
+    standardised = (genotypes - 0.6) / math.sqrt(0.42)
+    kernel = standardised @ standardised.T / 200
+    value = standardised @ torch.randn(200, generator=generator) / math.sqrt(200)
+    trait = math.sqrt(heritability) * value + math.sqrt(1 - heritability) * torch.randn(people, generator=generator)
+    return once(trait, torch.ones(people, 1), DenseKernels(kernel[None]))
+
+
+@pytest.mark.slow
+def test_heritability_is_recovered_and_its_interval_covers() -> None:
+    truth, cohorts = 0.5, 200
+    fits = [fit_components(heritable(100, truth, seed)) for seed in range(cohorts)]
+    estimates = torch.tensor([fit.share([0])[0] for fit in fits])
+    assert abs(float(estimates.mean()) - truth) < 4 * float(estimates.std()) / math.sqrt(cohorts)
+    stated = torch.tensor([fit.share([0])[1] for fit in fits])
+    assert float(stated.median()) == pytest.approx(float(estimates.std()), rel=0.25)
+    held = 0
+    for fit in fits:
+        low, high = fit.share_interval(0)
+        held += low <= truth <= high
+    # Binomial(200, .95): within four standard deviations.
+    assert abs(held - 0.95 * cohorts) < 4 * math.sqrt(cohorts * 0.95 * 0.05)
+
+
+@pytest.mark.slow
+def test_component_test_has_its_level_under_the_null_and_power_without_it() -> None:
+    p = torch.tensor([compare_component(fit_components(heritable(120, 0.0, seed)), 0).p_value for seed in range(300)])
+    for level in (0.05, 0.01):
+        expected = 300 * level
+        assert abs(int((p < level).sum()) - expected) < 4 * math.sqrt(expected * (1 - level)) + 1
+    # Half of the statistics are exactly zero under the mixture.
+    assert 0.4 < float((p == 1).double().mean()) < 0.75
+    assert compare_component(fit_components(heritable(300, 0.7, 1)), 0).p_value < 1e-3
+
+
+@pytest.mark.slow
+def test_predictive_intervals_cover_new_visits_of_known_and_new_people() -> None:
+    inside = {True: 0, False: 0}
+    total = {True: 0, False: 0}
+    for seed in range(60):
+        data = made_data("same", 60, seed)
+        torch.manual_seed(1000 + seed)
+        last = torch.cat([data.visits.subject[1:] != data.visits.subject[:-1], torch.tensor([True])])
+        first = ChangeData(data.change[~last], data.visits.only(~last), data.design, data.relationship, "same")
+        found = fit_components(first).predict(data.visits.only(last)).interval(0.9)
+        held = (found[:, 0] <= data.change[last]) & (data.change[last] <= found[:, 1])
+        known = torch.isin(data.visits.subject[last], first.visits.subject)
+        for which in (True, False):
+            inside[which] += int(held[known == which].sum())
+            total[which] += int((known == which).sum())
+    for which in (True, False):
+        # Plug-in components make intervals a little short; four standard deviations and that.
+        assert inside[which] / total[which] == pytest.approx(0.9, abs=0.02 + 4 * math.sqrt(0.09 / total[which]))
+
+
+def test_log_joint_is_sampled_by_nuts_around_the_estimate() -> None:
+    design, kernels, visits = followed_people()
+    pyro.set_rng_seed(0)
+    change = SubjectChange(design[:, 1], kernels, torch.tensor([0.2, 0.1]), visits, torch.tensor(0.05), torch.tensor(0.05)).sample()
+    sampler = MCMC(NUTS(Longitudinal(), jit_compile=False), num_samples=20, warmup_steps=20, disable_progbar=True)
+    sampler.run(design, kernels, visits, change)
+    draws = sampler.get_samples()
+    assert set(draws) == {"coefficients", "components", "noise"}
+    assert draws["components"].shape == (20, 2)
+    assert (draws["components"] > 0).all()
+
+
+def test_data_that_cannot_be_fitted_are_refused() -> None:
+    design, kernels, visits = followed_people()
+    change = torch.randn(len(visits))
+    with pytest.raises(ValueError, match="rank 2"):
+        ChangeData(change, visits, torch.cat([design, design[:, 1:]], 1), kernels)
+    with pytest.raises(ValueError, match="one number of people"):
+        ChangeData(change, visits, design[:5], kernels)
+    with pytest.raises(ValueError, match="finite"):
+        ChangeData(change.index_fill(0, torch.tensor([1]), torch.nan), visits, design, kernels)
+    with pytest.raises(ValueError, match="more people seen again"):
+        ChangeData(change[:2], FollowUps(visits.delta[:2], torch.tensor([0, 1]), 6), design, kernels)
+    with pytest.raises(ValueError, match="baseline"):
+        Longitudinal(baseline="other")
+
+
+def test_shares_name_the_whole_that_fits_the_data() -> None:
+    fit = fit_components(made_data("same"))
+    alone, _ = fit.share([0])
+    kernels = [float(fit.variances[k] * fit.data.relationship.diagonal(k).mean()) for k in range(2)]
+    assert alone == pytest.approx(kernels[0] / sum(kernels))
+    trait = fit_components(heritable(80, 0.5, 2))
+    assert isinstance(trait, ChangeFit)
+    mean = float(trait.data.relationship.diagonal(0).mean())
+    total = float(trait.variances[0]) * mean + float(trait.variances[1])
+    assert trait.share([0])[0] == pytest.approx(float(trait.variances[0]) * mean / total)
