@@ -25,7 +25,7 @@ REPETITIONS = {64: 15, 128: 9, 192: 5, 256: 3}
 SPACING_MM = (1.0, 1.0, 1.2)
 OPERATIONS = ("log_prob", "rsample", "exp(v)", "warp")
 _MEMORY = Path("/proc/meminfo")
-_LARGEST_SHARE = 0.6  # of the free memory that an operation may take
+LARGEST_SHARE = 0.6  # of the free memory that an operation may take
 
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
@@ -54,7 +54,7 @@ NOTES = (
 def measure(operation: str, size: int, device: str, seed: int) -> Row:
     """Seconds of copy, ``grid_sample`` and an operation, and their ratios within repetitions."""
     needed = _gib(operation, size)
-    if needed > _LARGEST_SHARE * _free_gib(device):
+    if needed > LARGEST_SHARE * free_gib(device):
         return {"device": device, "size": size, "operation": operation, "skipped": f"needs about {needed:.1f} GiB"}
     torch.manual_seed(seed)
     run = _operation(operation, size, device)
@@ -181,7 +181,8 @@ def _gib(operation: str, size: int) -> float:
     return (kept + 12) * 12 * size**3 / 2**30
 
 
-def _free_gib(device: str) -> float:
+def free_gib(device: str) -> float:
+    """Memory that is free on a device."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0]) / 2**30
     available = re.search(r"MemAvailable:\s*(\d+) kB", _MEMORY.read_text()) if _MEMORY.exists() else None

@@ -121,7 +121,8 @@ def child_rows(
                         row = json.loads(line.removeprefix("ROW "))
                         key = row.pop("key")
                         log.row(key, partial(dict, {**common, **row}))
-                        print(f"{key:50s} Dice {row['dice']:.4f} {row['seconds']:7.2f} s", flush=True)
+                        told = [f"{name} {row[name]:.4g}" for name in ("dice", "error_mm", "seconds", "peak_gib") if name in row]
+                        print(f"{key:50s} {row.get('skipped', ', '.join(told))}", flush=True)
             if child.returncode:
                 raise RuntimeError(f"{module} failed with status {child.returncode} on {common}")
     return [log.rows[key] for key in wanted]

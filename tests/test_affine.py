@@ -9,8 +9,8 @@ import torch
 from phantoms import head
 from torch import Tensor
 
-from probmed.grids import Grid
-from probmed.inference.affine import align_images, mutual_information
+from probmed.grids import Grid, sample
+from probmed.inference.affine import _interpolated, _JointHistogram, align_images, mutual_information
 from probmed.transforms import Affine
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -57,6 +57,38 @@ def test_mutual_information_of_independent_and_of_identical_variables() -> None:
     assert mutual_information(7 * p[:, None] * q).item() == pytest.approx(0, abs=1e-6)
     entropy = -(p * p.log()).sum().item()
     assert mutual_information(torch.diag(3 * p)).item() == pytest.approx(entropy, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 1), (5, 4, 6), (5, 1, 6)])
+def test_interpolation_and_its_slopes_are_those_of_sample(shape: tuple[int, ...]) -> None:
+    """Also beyond the edge, of an image that lies otherwise in memory, and along an axis of one voxel."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(shape[::-1], generator=generator, dtype=torch.float64).permute(*reversed(range(len(shape))))
+    grid = Grid(shape, torch.eye(len(shape) + 1))
+    positions = 9 * torch.rand(200, len(shape), generator=generator, dtype=torch.float64) - 2
+    positions.requires_grad_()
+    expected = sample(image[None], grid, positions, fill="edge")[0]
+    (slopes,) = torch.autograd.grad(expected.sum(), positions)
+    value, found = _interpolated(image, positions.detach().T)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(found.T, slopes)
+
+
+def test_the_joint_histogram_and_its_gradient() -> None:
+    """Every point is shared by two cells; the derivative is that of finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    bins, count = 5, 40
+    image = (bins - 1 - 1e-4) * torch.rand(7, 6, 5, generator=generator, dtype=torch.float64)
+    points = torch.cat([8 * torch.rand(3, count, generator=generator, dtype=torch.float64) - 1, torch.ones(1, count).double()])
+    first = bins * torch.randint(0, bins, (count,), generator=generator)
+    matrix = torch.eye(3, 4, dtype=torch.float64) + 0.1 * torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    joint = _JointHistogram.apply(matrix, points, first, image, bins)
+    rows = torch.bincount(first // bins, minlength=bins).double()
+    torch.testing.assert_close(joint.reshape(bins, bins).sum(1), rows)
+    value = _interpolated(image, matrix @ points)[0]
+    torch.testing.assert_close((joint.reshape(bins, bins) @ torch.arange(bins).double()).sum(), value.sum())
+    matrix.requires_grad_()
+    assert torch.autograd.gradcheck(lambda m: _JointHistogram.apply(m, points, first, image, bins), (matrix,))
 
 
 @DIMENSIONS
