@@ -45,6 +45,8 @@ class ChangeData:
         people = {len(self.design), self.relationship.people, self.visits.people}
         if len(people) > 1 or len(self.change) != len(self.visits):
             raise ValueError(f"expected one number of people and changes for {len(self.visits)} visits, got {people} and {len(self.change)}")
+        if not self.change.dtype == self.design.dtype == torch.float64:
+            raise ValueError(f"expected float64, got {self.change.dtype} and {self.design.dtype}")
         if not bool(self.change.isfinite().all()) or not bool(self.design.isfinite().all()):
             raise ValueError("expected finite changes and covariates, got some that are not")
         seen = collapse(self.visits, self.change, *self.change.new_ones(2)).seen

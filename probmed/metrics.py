@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -202,6 +203,20 @@ def interval_score(lower: Tensor, upper: Tensor, truth: Tensor, level: float) ->
         raise ValueError(f"expected a level in (0, 1), got {level}")
     miss = (lower - truth).clamp_min(0) + (truth - upper).clamp_min(0)
     return float((upper - lower + 2 / (1 - level) * miss).double().mean())
+
+
+def normal_crps(mean: Tensor, sd: Tensor, truth: Tensor) -> Tensor:
+    """Continuous ranked probability score of normal predictions, each in the unit of the truth; less is better, and it is proper.
+
+    With z = (x − μ)/σ it is σ [z (2Φ(z) − 1) + 2φ(z) − 1/√π] (Gneiting & Raftery, JASA 2007).
+    """
+    _same(mean, truth)
+    _same(sd, truth)
+    if not bool((sd > 0).all()):
+        raise ValueError("expected standard deviations > 0, got some that are not")
+    z = (truth - mean) / sd
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    return sd * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))
 
 
 class Difference(NamedTuple):

@@ -18,6 +18,7 @@ from probmed.metrics import (
     folding,
     interval_coverage,
     interval_score,
+    normal_crps,
     negative_log_likelihood,
     paired_bootstrap,
     surface_distances,
@@ -213,3 +214,15 @@ def test_surface_distances_agree_with_monai() -> None:
         spacing=SPACINGS[3],
     )
     assert ours.hausdorff() == pytest.approx(float(worst), rel=1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+def test_crps_of_a_normal_is_the_integral_of_squared_differences_of_distributions() -> None:
+    mean, sd, truth = torch.tensor([0.3, -1.0]), torch.tensor([0.5, 2.0]), torch.tensor([1.1, -1.0])
+    x = torch.linspace(-30, 30, 600_001)
+    for m, s, t, found in zip(mean, sd, truth, normal_crps(mean, sd, truth), strict=True):
+        below = 0.5 * (1 + torch.erf((x - m) / s / 2**0.5))
+        integral = torch.trapezoid((below - (x >= t).double()) ** 2, x)
+        assert float(found) == pytest.approx(float(integral), abs=1e-4)
+    with pytest.raises(ValueError, match="> 0"):
+        normal_crps(mean, torch.zeros(2), truth)
