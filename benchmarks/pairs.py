@@ -6,12 +6,9 @@ pairs, 2D) and `ibsr18` (all ordered pairs).
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks.registrations import Outcome
-from benchmarks.runs import THREAD_VARIABLES, child_rows
+from benchmarks.runs import child_rows
 from benchmarks.tables import Log, Row, Table, mean_sd
 from benchmarks.tissue import data_folder
+from benchmarks.trainings import trained
 from probmed.metrics import dice, paired_bootstrap, surface_distances
 from probmed.transforms import determinant, physical_gradient, warp
 from probmed.volumes import read_labels
@@ -40,9 +38,17 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SimpleITK B-spline": ("sitk_bspline", {}),
     "SimpleITK demons": ("sitk_demons", {}),
 }
-NETWORKS: dict[str, dict[str, Any]] = {"probmed, network": {}, "probmed, network refined": {"refine": 100}}
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "probmed, network": ("amortised", {}),
+    "probmed, network refined": ("amortised", {"refine": 100}),
+    "voxelmorph, its network": ("voxelmorph", {}),
+}
 """Trained in the same run on the hippocampus's training scans, without their labels, and measured on its pairs alone."""
 STEPS = 4000
+WEIGHTS = (0.3, 1.0, 3.0)
+"""Of the voxelmorph package's penalty, 1 as published, of which one is chosen on pairs of training scans that a short training leaves out."""
+TUNING = "tuning"
+TUNING_STEPS, TUNING_SCANS, TUNING_PAIRS = 500, 8, 12
 FEW = {
     ("msd_hippocampus", "ANTs SyNCC"): 30,
     ("msd_hippocampus", "SimpleITK B-spline"): 30,
@@ -75,16 +81,17 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
             print(f"no scans in {data_folder()}: set PROBMED_DATA")
         for collection in dict.fromkeys(pair.collection for pair in every):
             networks = NETWORKS if collection == "msd_hippocampus" else {}
-            for method, (kind, options) in (METHODS | {name: ("amortised", more) for name, more in networks.items()}).items():
+            for method, (kind, options) in (METHODS | networks).items():
                 name = f"{collection} {method}"
                 if only and not any(word in name for word in only):
                     continue
-                if kind == "amortised":
-                    options = {**options, "run": str(network(log, Path(folder), threads))}
+                if method in NETWORKS:
+                    options = {**options, "run": str(network(log, Path(folder), kind, threads, seed))}
                 chosen = [pair for pair in every if pair.collection == collection][: FEW.get((collection, method))][:limit]
                 rows += measure(log, chosen, collection, method, kind, options, threads)
-    settings = {"threads": threads, "hippocampus_pairs": HIPPOCAMPUS_PAIRS, "smallest_label_voxels": SMALLEST}
-    return Table("pairs", rows, summarise(rows), notes(rows), settings, seed)
+    tuned = tuning_dice(log.rows.values())
+    settings = {"threads": threads, "hippocampus_pairs": HIPPOCAMPUS_PAIRS, "smallest_label_voxels": SMALLEST, "voxelmorph_tuning": tuned}
+    return Table("pairs", rows, summarise(rows), notes(rows) + tuning_note(tuned), settings, seed)
 
 
 def measure(log: Log, chosen: Sequence[Pair], collection: str, method: str, kind: str, options: dict[str, Any], threads: int) -> list[Row]:
@@ -95,20 +102,38 @@ def measure(log: Log, chosen: Sequence[Pair], collection: str, method: str, kind
     return child_rows(log, "benchmarks.registrations", said, wanted, {"collection": collection, "method": method}, threads)
 
 
-def network(log: Log, folder: Path, threads: int) -> Path:
-    """The folder of a trained network, beside the log's file where there is one; a run that was cut off goes on."""
-    place = folder / "network" if log.path is None else log.path.with_suffix(".network")
-    if (place / "network.json").exists():
-        return place
-    table = folder / "scans.tsv"
-    table.write_text("scan\n" + "".join(f"{path}\n" for path in scans()[0]))
-    resume = ["--resume"] if (place / "checkpoint.safetensors").exists() else []
-    options = ["--steps", str(STEPS), "--device", "cpu", "--quiet", *resume]
-    call = [sys.executable, "-m", "probmed", "train", "registration", "--data", str(table), "-o", str(place), *options]
-    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-    print(f"training a network of {STEPS} steps in {place}", flush=True)
-    subprocess.run(call, env=environment, cwd=Path(__file__).resolve().parent.parent, check=True)
-    return place
+def network(log: Log, folder: Path, kind: str, threads: int, seed: int) -> Path:
+    """The folder of a network that is trained on the training scans: ours, or that of the voxelmorph package with the better of its weights."""
+    train = scans()[0]
+    if kind == "amortised":
+        return trained(log, folder, "network", "registration", {}, train, STEPS, threads)
+    held = [train[int(index)] for index in np.random.default_rng(seed).permutation(len(train))[:TUNING_SCANS]]
+    rest = [path for path in train if path not in held]
+    checked = drawn_pairs(TUNING, held, TUNING_PAIRS, seed)
+    rows: list[Row] = []
+    for weight in WEIGHTS:
+        run = trained(log, folder, f"voxelmorph-{weight}", "voxelmorph", {"weight": weight}, rest, TUNING_STEPS, threads)
+        rows += measure(log, checked, TUNING, str(weight), "voxelmorph", {"run": str(run)}, threads)
+    dice_of = tuning_dice(rows)
+    best = float(max(dice_of, key=lambda weight: dice_of[weight]))
+    return trained(log, folder, "voxelmorph", "voxelmorph", {"weight": best}, train, STEPS, threads)
+
+
+def tuning_dice(rows: Iterable[Row]) -> dict[str, float]:
+    """Mean Dice by weight over those rows that are of the short trainings."""
+    of: dict[str, list[float]] = {}
+    for row in rows:
+        if row["collection"] == TUNING:
+            of.setdefault(row["method"], []).append(row["dice"])
+    return {weight: statistics.fmean(values) for weight, values in of.items()}
+
+
+def tuning_note(tuned: dict[str, float]) -> str:
+    """What the choice of the voxelmorph package's weight rests on; nothing where it was not made."""
+    if not tuned:
+        return ""
+    found = ", ".join(f"{value:.3f} with {weight}" for weight, value in tuned.items())
+    return f"\n\nDice of voxelmorph's network on {TUNING_PAIRS} training pairs after {TUNING_STEPS} steps, by the weight of its penalty: {found}."
 
 
 def scans() -> tuple[list[Path], list[Path]]:
@@ -121,11 +146,7 @@ def scans() -> tuple[list[Path], list[Path]]:
 def pairs(folder: Path, seed: int) -> Iterator[Pair]:
     """All pairs; images of an odd shape are written anew, so that every method reads the same."""
     data = data_folder()
-    test = scans()[1]
-    ordered = [(m, f) for m in test for f in test if m != f]
-    for index in np.random.default_rng(seed).permutation(len(ordered))[:HIPPOCAMPUS_PAIRS]:
-        moving, fixed = ordered[int(index)]
-        yield Pair("msd_hippocampus", f"{moving.name[12:15]}-{fixed.name[12:15]}", moving, fixed, beside(moving), beside(fixed))
+    yield from drawn_pairs("msd_hippocampus", scans()[1], HIPPOCAMPUS_PAIRS, seed)
     slices = sorted((data / "oasis_trt_slices" / "images").glob("*.nii.gz"), key=lambda p: int(p.name.split("_")[0].split("-")[-1]))
     for moving in slices:
         for fixed in slices:
@@ -139,6 +160,13 @@ def pairs(folder: Path, seed: int) -> Iterator[Pair]:
             if moving != fixed:
                 (m, ml), (f, fl) = flat[moving], flat[fixed]
                 yield Pair("ibsr18", f"{moving.name[5:7]}-{fixed.name[5:7]}", m, f, ml, fl)
+
+
+def drawn_pairs(collection: str, among: Sequence[Path], count: int, seed: int) -> list[Pair]:
+    """Ordered pairs of scans of the hippocampus, drawn with the seed."""
+    ordered = [(m, f) for m in among for f in among if m != f]
+    drawn = (ordered[int(index)] for index in np.random.default_rng(seed).permutation(len(ordered))[:count])
+    return [Pair(collection, f"{m.name[12:15]}-{f.name[12:15]}", m, f, beside(m), beside(f)) for m, f in drawn]
 
 
 def beside(image: Path) -> Path:

@@ -81,6 +81,20 @@ def amortised(run: str, refine: int = 0) -> Method:
     return method
 
 
+def voxelmorph(run: str) -> Method:
+    """The network of the voxelmorph package, trained by `benchmarks.networks`, by its folder."""
+    networks = importlib.import_module("benchmarks.networks")
+    trained = networks.VoxelMorph.load(Path(run))
+
+    def method(moving: Path, fixed: Path) -> Outcome:
+        images = read_scan(moving), read_scan(fixed)
+        start = time.perf_counter()
+        transform = trained.transform(*images)
+        return Outcome(transform, transform.inverse(), time.perf_counter() - start)
+
+    return method
+
+
 def ants(kind: str = "SyN") -> Method:
     """antspyx's ``registration`` with its defaults: affine, then symmetric normalisation."""
     package: Any = importlib.import_module("ants")
@@ -187,6 +201,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "affine": affine,
     "ours": ours,
     "amortised": amortised,
+    "voxelmorph": voxelmorph,
     "ants": ants,
     "sitk_bspline": sitk_bspline,
     "sitk_demons": sitk_demons,

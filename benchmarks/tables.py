@@ -18,7 +18,7 @@ import torch
 
 Row = dict[str, Any]
 
-PACKAGES = ("probmed", "torch", "pyro-ppl", "numpy", "scipy", "nibabel", "nilearn", "antspyx", "dipy", "SimpleITK")
+PACKAGES = ("probmed", "torch", "pyro-ppl", "numpy", "scipy", "nibabel", "nilearn", "antspyx", "dipy", "SimpleITK", "voxelmorph", "neurite", "statsmodels")
 
 
 @dataclass

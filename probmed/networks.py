@@ -22,6 +22,7 @@ class VelocityNetwork(nn.Module):
         channels: C of each image.
         features: of the U-Net's six stages, as in MONAI's ``BasicUNet``.
         reach_mm: a unit of the last layer, mm.
+        dropout: share of what each layer of the U-Net gives that is left out in training mode.
         mixed_precision: compute in bfloat16 where that is safe. What comes out, and all that is done with it, is float32.
 
     References: Balakrishnan et al., IEEE TMI 2019 (a U-Net that reads both images).
@@ -34,6 +35,7 @@ class VelocityNetwork(nn.Module):
         features: Sequence[int] = (16, 32, 32, 32, 32, 16),
         reach_mm: float = 1.0,
         mixed_precision: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         convolution = nn.Conv3d if ndim == 3 else nn.Conv2d
@@ -41,7 +43,7 @@ class VelocityNetwork(nn.Module):
         self.features, self.mixed_precision = tuple(features), mixed_precision
         self.stem = nn.Sequential(convolution(2 * channels, features[0], 3, stride=2, padding=1), nn.LeakyReLU(0.1))
         # No normalisation, as published: small images are down to one voxel at the deepest stage.
-        self.body = BasicUNet(ndim, features[0], features[5], self.features, norm=None)  # type: ignore[arg-type]
+        self.body = BasicUNet(ndim, features[0], features[5], self.features, norm=None, dropout=dropout)  # type: ignore[arg-type]
         for layer in [*self.stem.modules(), *self.body.modules()]:
             # PyTorch's own start shrinks what passes each layer, and twenty layers without normalisation to nothing.
             if isinstance(layer, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)):

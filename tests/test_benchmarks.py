@@ -6,19 +6,30 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from probmed.atlases import default_atlas
+from probmed.grids import Grid
+from probmed.inference.training import TrainingSettings
 from probmed.simulation import simulate_subject
+from probmed.transforms import Affine, Displacement
+from probmed.volumes import Volume, write_scan
+from probmed.workflows.amortisation import NetworkSettings, TrainedRegistration
+from probmed.workflows.cohorts import own_world
 
 # The benchmarks are in the repository and not in the wheel: without a checkout there is nothing to test.
 pytest.importorskip("benchmarks")
 
 from benchmarks import __main__ as command
-from benchmarks import fields, tissue, volumes
+from benchmarks import deformation_uncertainty as uncertainty
+from benchmarks import fields, networks, pairs, tissue, trainings, volumes
 from benchmarks.runs import Run, measure
 from benchmarks.tables import Log, Table, machine, mean_sd, versions, with_table
 
@@ -166,3 +177,161 @@ def test_conditions_are_simulated_as_named() -> None:
     soft = volumes.blurred(atlas, 6.0)
     assert soft.probabilities[0].amax() < atlas.probabilities[0].amax()
     assert torch.allclose(soft.probabilities.sum(0), torch.ones(soft.grid.shape))
+
+
+# Networks that tables train.
+
+
+def shifting(grid: Grid, voxels: tuple[float, float, float]) -> networks.VoxelMorph:
+    """In place of the package's network: one velocity everywhere, which integrates to itself."""
+
+    def network(moving: Tensor, fixed: Tensor, return_field_type: str) -> Tensor:
+        assert moving.isfinite().all() and moving.shape == fixed.shape == (1, 1, *grid.shape)
+        return torch.tensor(voxels)[:, None, None, None].expand(1, 3, *grid.shape)
+
+    integrating = type("Network", (), {"__call__": staticmethod(network), "velocity_field_integrator": staticmethod(lambda v: v)})()
+    return networks.VoxelMorph(integrating, grid)
+
+
+def test_the_package_s_flow_is_in_millimetres_between_the_scans_worlds() -> None:
+    fixed = Grid((10, 9, 7), torch.tensor([[0.0, -1, 0, 30], [2, 0, 0, -8], [0, 0, -1.5, 4], [0, 0, 0, 1]]))
+    moving = Grid.from_spacing((12, 18, 8), (1.0, 2.0, 1.5)).transformed(Affine.exp(torch.tensor([9.0, 0, -4, 0.1, 0.2, 0])).matrix)
+    scans = [Volume.from_grid(torch.rand(grid.shape), grid) for grid in (moving, fixed)]
+    transform = shifting(Grid.from_spacing((16, 32, 16), (1.0, 2.0, 1.5)), (1.0, -0.5, 2.0)).transform(*scans)
+    points = 3 * torch.randn(20, 3, dtype=torch.float64)
+    there = transform(own_world(fixed)(points))
+    torch.testing.assert_close(there, own_world(moving)(points + torch.tensor([1.0, -1.0, 3.0])), atol=1e-5, rtol=0)
+    torch.testing.assert_close(transform.inverse()(there), own_world(fixed)(points), atol=1e-5, rtol=0)
+
+
+def test_a_grid_is_made_halvable_about_its_middle() -> None:
+    grid = networks.halvable(Grid.from_spacing((44, 60, 48), (1.0, 1.0, 2.0)))
+    assert grid.shape == (48, 64, 48) and grid.spacing == pytest.approx((1.0, 1.0, 2.0))
+    torch.testing.assert_close(grid.voxel_to_world(torch.tensor([23.5, 31.5, 23.5])), torch.zeros(3))
+
+
+def test_a_network_is_trained_once_beside_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[dict[str, Any]] = []
+
+    def run(call: list[str], env: dict[str, str], **options: Any) -> None:
+        order = json.loads(Path(call[-1]).read_text())
+        orders.append({**order, "threads": env["OMP_NUM_THREADS"]})
+        Path(order["place"]).mkdir()
+        (Path(order["place"]) / "network.json").write_text("{}")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    (tmp_path / "scratch").mkdir()
+    for _ in range(2):
+        log = Log(tmp_path / "rows.jsonl")
+        place = trainings.trained(log, tmp_path / "scratch", "net", "voxelmorph", {"weight": 0.3}, [tmp_path / "a", tmp_path / "b"], 7, 3)
+        assert place == tmp_path / "rows.net"
+    (order,) = orders
+    assert order["threads"] == "3" and order["steps"] == 7 and order["settings"] == {"weight": 0.3}
+    assert order["scans"] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_the_weight_is_chosen_on_training_scans_that_were_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = [tmp_path / f"hippocampus_{n:03d}.nii.gz" for n in range(20)]
+    trainings_of: dict[str, tuple[float, list[Path], int]] = {}
+
+    def fake_trained(log: Log, folder: Path, name: str, system: str, settings: Any, scans: list[Path], steps: int, threads: int) -> Path:
+        trainings_of[name] = (settings["weight"], scans, steps)
+        return folder / name
+
+    def fake_measure(log: Log, chosen: Any, collection: str, method: str, kind: str, options: Any, threads: int) -> list[dict[str, Any]]:
+        _, seen, _ = trainings_of[Path(options["run"]).name]
+        assert len(chosen) == pairs.TUNING_PAIRS and not {scan for pair in chosen for scan in (pair.moving, pair.fixed)} & set(seen)
+        return [{"collection": collection, "method": method, "dice": {"0.3": 0.7, "1.0": 0.8, "3.0": 0.75}[method]} for _ in chosen]
+
+    monkeypatch.setattr(pairs, "scans", lambda: (train, []))
+    monkeypatch.setattr(pairs, "trained", fake_trained)
+    monkeypatch.setattr(pairs, "measure", fake_measure)
+    assert pairs.network(Log(), tmp_path, "voxelmorph", 1, 0) == tmp_path / "voxelmorph"
+    assert trainings_of["voxelmorph"] == (1.0, train, pairs.STEPS)
+    assert "0.800 with 1.0" in pairs.tuning_note({"1.0": 0.8})
+    assert pairs.tuning_dice([{"collection": "ibsr18", "method": "x", "dice": 1.0}]) == {}
+
+
+def test_our_network_is_trained_from_an_order(tmp_path: Path) -> None:
+    grid = Grid.from_spacing((20, 16), 1.0)
+    scans = [tmp_path / f"{n}.nii.gz" for n in range(3)]
+    for n, path in enumerate(scans):
+        write_scan(path, torch.rand(grid.shape, generator=torch.Generator().manual_seed(n)), Volume.from_grid(torch.zeros(grid.shape), grid))
+    (tmp_path / "run").mkdir()
+    networks.train_ours(scans, TrainingSettings(2, every=2), tmp_path / "run", objective="voxelmorph-ncc", dropout=0.5)
+    network = TrainedRegistration.load(tmp_path / "run")
+    assert network.settings.dropout == 0.5 and network.grid.shape == grid.shape
+
+
+# Uncertainty of deformations.
+
+
+def simulated(seed: int = 0) -> uncertainty.Example:
+    grid = Grid.from_spacing((16, 14, 18), (1.0, 1.5, 1.0))
+    generator = torch.Generator().manual_seed(seed)
+    moving, fixed = (Volume.from_grid(torch.rand(grid.shape, generator=generator), grid) for _ in range(2))
+    labels = torch.zeros(2, *grid.shape)
+    labels[0, 4:9, 4:9, 4:9], labels[1, 9:12, 4:9, 4:9] = 1, 1
+    truth = Displacement(grid, 0.3 * torch.randn(3, *grid.shape, generator=generator))
+    example = uncertainty.Example("1", moving, fixed, labels, torch.zeros(2), truth)
+    return replace(example, volumes=example.carried(truth))
+
+
+def network(settings: NetworkSettings) -> TrainedRegistration:
+    built = TrainedRegistration.build(simulated().moving.grid, settings)
+    torch.manual_seed(0)
+    nn.init.normal_(built.guide.network.head.weight, std=0.001)  # type: ignore[union-attr, arg-type]
+    return built
+
+
+def test_intervals_hold_one_more_draw_as_often_as_they_say() -> None:
+    draws = torch.randn(41, 20_000, generator=torch.Generator().manual_seed(0))
+    lower, upper = uncertainty.intervals(draws[1:])
+    held = ((lower <= draws[0]) & (draws[0] <= upper)).float().mean(1)
+    levels = torch.tensor(uncertainty.LEVELS)
+    assert ((held - levels).abs() < 4 * (levels * (1 - levels) / 20_000).sqrt()).all()
+
+
+def test_a_posterior_at_the_truth_has_no_error() -> None:
+    example = simulated()
+    assert example.truth is not None
+    row = uncertainty.scored(uncertainty.Posterior(example.truth, [example.truth] * 3), example)
+    assert row["error_mm"] == 0 and row["sd_mm"] == 0 and row["volume_error"] == row["volume_width"] == [0, 0]
+    assert row["points"] == [1, 1, 1] and row["volumes"] == [[True] * 3] * 2 and row["before_mm"] > 0.1
+    away = uncertainty.Posterior(Affine.identity(3), [Affine.exp(torch.tensor([5.0 + x, 0, 0, 0, 0, 0])) for x in (0.0, 0.1)])
+    row = uncertainty.scored(away, example)
+    assert row["points"] == [0, 0, 0] and row["error_mm"] == row["before_mm"]
+    real = uncertainty.scored(away, replace(example, truth=None))
+    assert set(real) == {"volumes", "volume_sd", "volume_width", "volume_error"}
+    rows = [{"pairs": kind, "likelihood": "L", "families": {"F": scores}} for kind, scores in (("simulated", row), ("real", real))]
+    first, second = uncertainty.summarise(rows)
+    assert first["coverage, points"] == "0 / 0 / 0" and second["coverage, points"] == second["error, mm"] == "–"
+
+
+def test_dropout_draws_answers_and_their_mean_is_the_centre() -> None:
+    built = network(NetworkSettings("voxelmorph-ncc", features=(4, 4, 4, 4, 4, 4), dropout=0.5))
+    example = simulated()
+    found = uncertainty.networked(example, 3, "dropout", built)["dropout"]
+    again = uncertainty.networked(example, 3, "dropout", built)["dropout"]
+    points = example.fixed.grid.coordinates()
+    at = torch.stack([draw(points) for draw in found.draws])
+    assert len(at) == uncertainty.DRAWS and at.std(0).max() > 1e-3
+    torch.testing.assert_close(again.draws[1](points), at[1])
+    # Flows that are small add up.
+    torch.testing.assert_close(found.centre(points), at.mean(0), atol=0.02 * float((at - points).abs().max()), rtol=0)
+    with pytest.raises(ValueError, match="expected a dropout"):
+        replace(built.settings, dropout=1.0)
+
+
+def test_a_published_network_draws_with_its_own_variance() -> None:
+    built = network(NetworkSettings("voxelmorph-probabilistic", "diagonal", features=(4, 4, 4, 4, 4, 4)))
+    with torch.no_grad():
+        built.guide.network.head.weight.zero_()  # type: ignore[union-attr, operator]
+    images = torch.rand(2, 1, 1, *built.grid.shape)
+    q = built.posterior(*images)
+    # At its start log σ² is −10, in voxels of the lattice.
+    sd = torch.exp(torch.tensor(-5.0)) * torch.tensor(built.lattice.spacing)
+    torch.testing.assert_close(q.variance.sqrt(), sd[None, :, None, None, None].float().expand(q.loc.shape))
+    torch.manual_seed(0)
+    draws = q.sample((200,))
+    torch.testing.assert_close(draws.std((0, 1, 3, 4, 5)), sd.float(), rtol=0.02, atol=0)

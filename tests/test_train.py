@@ -23,11 +23,11 @@ from probmed.workflows.amortisation import (
     NetworkSettings,
     TrainedRegistration,
     answer,
-    own_world,
     read_cohort,
     train_registration,
     with_axes_of,
 )
+from probmed.workflows.cohorts import own_world
 from probmed.workflows.registration import register
 
 SMALL = NetworkSettings(features=(4, 4, 4, 4, 4, 4), batch=2, radius=2)
