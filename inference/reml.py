@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from scipy.optimize import brentq
@@ -49,12 +50,22 @@ class ChangeData:
             raise ValueError(f"expected float64, got {self.change.dtype} and {self.design.dtype}")
         if not bool(self.change.isfinite().all()) or not bool(self.design.isfinite().all()):
             raise ValueError("expected finite changes and covariates, got some that are not")
-        seen = collapse(self.visits, self.change, *self.change.new_ones(2)).seen
+        seen = self.seen
         rank = int(torch.linalg.matrix_rank(self.design[seen]))
         if rank < self.design.shape[1]:
             raise ValueError(f"expected covariates that differ between the people seen again, got {self.design.shape[1]} columns of rank {rank}")
         if len(seen) <= rank:
             raise ValueError(f"expected more people seen again than the {rank} covariates, got {len(seen)}")
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Persons with a follow-up, ``(S,)`` indices."""
+        return self.visits.subject.unique()
+
+    @cached_property
+    def among_seen(self) -> Relationship:
+        """The kernels between them."""
+        return among(self.relationship, self.seen)
 
     @property
     def count(self) -> int:
@@ -85,7 +96,7 @@ class _Solved:
 def _solve(data: ChangeData, variances: Tensor, restricted: bool) -> _Solved:
     told = collapse(data.visits, data.change, *data.noises(variances))
     design, kernels = data.design[told.seen], data.relationship.components
-    factor = among(data.relationship, told.seen).plus(variances[:kernels], 1 / told.precision)
+    factor = data.among_seen.plus(variances[:kernels], 1 / told.precision)
     both = factor.solve(torch.cat([design, told.slope[:, None]], 1))
     gram = design.mT @ both[:, :-1]
     coefficients = torch.linalg.solve(gram, design.mT @ both[:, -1])
@@ -108,13 +119,12 @@ def log_likelihood(data: ChangeData, variances: Tensor, restricted: bool = True)
 
 def average_information(data: ChangeData, variances: Tensor) -> Tensor:
     """½ dᵀP V_i P V_j P d, ``(components, components)``, which for large samples is the information of the components."""
-    visits, relationship = data.visits, data.relationship
+    visits, inner, seen = data.visits, data.among_seen, data.seen
     noise, first = data.noises(variances)
     solved = _solve(data, variances, True)
-    seen, delta = solved.told.seen, visits.delta.to(data.change)[:, None]
+    delta = visits.delta.to(data.change)[:, None]
     counts = visits.sums(torch.ones_like(data.change))
     rho = (first / (noise + counts * first))[visits.subject][:, None]
-    inner = among(relationship, seen)
 
     def shared(x: Tensor) -> Tensor:
         """11ᵀ x within each person."""
@@ -138,7 +148,7 @@ def average_information(data: ChangeData, variances: Tensor) -> Tensor:
     projected = project(data.change[:, None])
     rates = visits.sums(delta * projected)[seen]
     columns = []
-    for k in range(relationship.components):
+    for k in range(inner.components):
         every = rates.new_zeros(visits.people, 1).index_copy(0, seen, inner.product(k, rates))
         columns.append(delta * every[visits.subject])
     columns.append(projected + (shared(projected) if data.baseline == "same" else 0.0))
@@ -209,8 +219,10 @@ class ChangeFit:
             return 2 * (self.log_likelihood - self._at_share(component, whole, share)) - enough
 
         edge = 1e-3
-        low = 0.0 if estimate <= edge or fall(0.0) <= 0 else float(brentq(fall, 0.0, estimate, xtol=edge))
         top = 1 - edge
+        if math.isnan(estimate):
+            return 0.0, 1.0  # nothing varies: no share is ruled out
+        low = 0.0 if estimate <= edge or fall(0.0) <= 0 else float(brentq(fall, 0.0, min(estimate, top), xtol=edge))
         high = 1.0 if estimate >= top or fall(top) <= 0 else float(brentq(fall, estimate, top, xtol=edge))
         return low, high
 

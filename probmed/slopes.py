@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -71,8 +72,23 @@ class _Cholesky:
 
 
 @dataclass(frozen=True)
+class _Spectral:
+    """τ Q diag(λ) Qᵀ + c I; values: τ λ + c."""
+
+    values: Tensor
+    vectors: Tensor
+
+    def solve(self, x: Tensor) -> Tensor:
+        return self.vectors @ ((self.vectors.mT @ x) / self.values[:, None])
+
+    def logdet(self) -> Tensor:
+        return self.values.log().sum()
+
+
+@dataclass(frozen=True)
 class DenseKernels:
-    """Kernels as matrices, for up to some five thousand people: time is that of a Cholesky factor.
+    """Kernels as matrices, for up to some five thousand people: time is that of a Cholesky factor, or, of one kernel and a constant diagonal, of one
+    decomposition for all factors.
 
     Arguments:
         matrices: ``(K, P, P)``, symmetric and positive semi-definite.
@@ -94,7 +110,16 @@ class DenseKernels:
     def components(self) -> int:
         return self.matrices.shape[0]
 
+    @cached_property
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.matrices[0])
+        return values.clamp_min(0), vectors
+
     def plus(self, variances: Tensor, diagonal: Tensor) -> Factor:
+        if self.components == 1 and bool((diagonal == diagonal[0]).all()):
+            values, vectors = self._decomposed
+            # Their mean, for each has its part in the gradient.
+            return _Spectral(variances[0] * values + diagonal.mean(), vectors)
         return _Cholesky(torch.linalg.cholesky(torch.tensordot(variances, self.matrices, 1) + diagonal.diag()))
 
     def product(self, component: int, x: Tensor) -> Tensor:

@@ -61,6 +61,22 @@ def test_kernels_of_few_features_are_the_dense_ones() -> None:
     torch.testing.assert_close(both[0], both[1])
 
 
+def test_one_kernel_and_a_constant_diagonal_take_one_decomposition_and_give_the_same() -> None:
+    root = torch.randn(6, 4)
+    kernel, x = DenseKernels((root @ root.T)[None]), torch.randn(6, 2)
+
+    def of(tau: Tensor, c: Tensor, last: float) -> Tensor:
+        factor = kernel.plus(tau[None], c * torch.tensor([1.0] * 5 + [last]))
+        return factor.logdet() + factor.solve(x).square().sum()
+
+    leaves = torch.tensor(0.6, requires_grad=True), torch.tensor(0.3, requires_grad=True)
+    one, other = of(*leaves, 1.0), of(*leaves, 1.0 + 1e-15)
+    torch.testing.assert_close(one, other)
+    assert type(kernel.plus(leaves[0][None], torch.ones(6))) is not type(kernel.plus(leaves[0][None], torch.rand(6)))
+    for a, b in zip(torch.autograd.grad(one, leaves), torch.autograd.grad(other, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_draws_have_the_covariance_of_the_density(low_rank: bool) -> None:
     features = (torch.randn(6, 2), torch.randn(6, 3))
