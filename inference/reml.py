@@ -347,19 +347,24 @@ def fit_components(
             break
         free, value, gradient = candidate, found, slope
         converged = gain < tolerance
-    variances = mixing @ free
-    solved = _solve(data, variances, restricted)
-    return ChangeFit(
-        data,
-        variances,
-        average_information(data, variances),
-        solved.coefficients,
-        torch.linalg.inv(solved.gram),
-        value,
-        restricted,
-        converged,
-        taken,
-    )
+    return at_components(data, mixing @ free, restricted, converged, taken)
+
+
+def at_components(data: ChangeData, variances: Tensor, restricted: bool = True, converged: bool = True, iterations: int = 0) -> ChangeFit:
+    """Everything that follows from given components, such as those that other people gave."""
+    with torch.no_grad():
+        solved = _solve(data, variances, restricted)
+        return ChangeFit(
+            data,
+            variances,
+            average_information(data, variances),
+            solved.coefficients,
+            torch.linalg.inv(solved.gram),
+            float(solved.log_likelihood),
+            restricted,
+            converged,
+            iterations,
+        )
 
 
 def _start(data: ChangeData) -> Tensor:

@@ -243,7 +243,7 @@ def test_unusable_tables_get_one_line_and_leave_nothing(content: str, fault: str
 
 def test_other_unusable_requests_get_one_line(table: Path, tmp_path: Path) -> None:
     for arguments, fault in (
-        (["nothing", "--data", table, "-o", tmp_path / "a"], "there is no such network"),
+        (["nothing", "--data", table, "-o", tmp_path / "a"], "No such command"),
         (["registration", "--data", tmp_path / "none.tsv", "-o", tmp_path / "a"], "does not exist"),
         (["registration", "--data", table, "-o", tmp_path / "a", "--resume"], "holds no run to go on with"),
     ):

@@ -16,6 +16,7 @@ import typer
 
 from probmed import __version__
 from probmed.cli import demo, models, register, segment, template, train, warp
+from probmed.cli.predict import predict
 
 app = typer.Typer(
     name="probmed",
@@ -31,7 +32,8 @@ app.command()(segment.segment)
 app.command()(register.register)
 app.command()(warp.warp)
 app.command()(template.template)
-app.command()(train.train)
+app.add_typer(train.app, name="train")
+app.command()(predict)
 app.command()(models.models)
 
 

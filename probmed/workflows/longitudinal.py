@@ -1,0 +1,215 @@
+"""Rates of change of a scalar from tables: what `probmed train longitudinal` does, as one function.
+
+Visits, clinical columns at baseline and genotypes of the same people → kernels between them → variance components by restricted maximum likelihood →
+tests, shares, effects, and predictions for visits of anyone in the tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from probmed.inference.reml import ChangeData, ChangeFit, ComponentTest, Prediction, at_components, compare_component, fit_components
+from probmed.kernels import ColumnGaussian
+from probmed.models.longitudinal import BASELINES
+from probmed.slopes import DenseKernels, FollowUps
+from probmed.tables import CovariateCoding, Genotypes, Joined, Visits, join
+from probmed.tables.covariates import Missing
+from probmed.volumes import UnusableInput
+
+EQUATION = "y_t = y_B + Δx (xᵀβ + h_G + h_C + h_y + h_own) + ε_t − ε_B"
+
+
+@dataclass(frozen=True)
+class RateSettings:
+    """Which columns explain a scalar's rate of change, and how.
+
+    Arguments:
+        scalar: the phenotype y.
+        mean: columns, scalars or covariates, whose value at baseline has a linear effect on the rate (β).
+        clinical, phenotype: those of the clinical and of the phenotype kernel. Where the scalar itself is among them, its measurement error at
+            baseline, which is in every change too, passes for an effect: right for prediction, not for explanation.
+        own: whether people have a rate of their own that nothing explains.
+        baseline: of ``Longitudinal``.
+    """
+
+    scalar: str
+    mean: tuple[str, ...] = ()
+    clinical: tuple[str, ...] = ()
+    phenotype: tuple[str, ...] = ()
+    own: bool = True
+    baseline: str = "same"
+
+    def __post_init__(self) -> None:
+        if self.baseline not in BASELINES:
+            raise ValueError(f"expected a baseline of {BASELINES}, got {self.baseline!r}")
+
+
+@dataclass(frozen=True)
+class RateResult:
+    """Rates of change and what explains them.
+
+    Arguments:
+        joined: the people, P, and who was left out.
+        components: names of the kernels, K of them, in order. coefficients: names of β.
+        fit: of the components; its data are in the scalar's unit and years.
+        baseline: y_B, ``(P,)``; NaN where it was not measured.
+    """
+
+    joined: Joined
+    settings: RateSettings
+    components: tuple[str, ...]
+    coefficients: tuple[str, ...]
+    fit: ChangeFit
+    baseline: Tensor
+
+    def test(self, component: str) -> ComponentTest:
+        """One kernel against none."""
+        return compare_component(self.fit, self.components.index(component))
+
+    def component_table(self, tell: Callable[[float], None] = lambda share: None) -> pd.DataFrame:
+        """A row a kernel and one for the noise: variance, its standard error, share of the rates' variance with an interval, test."""
+        rows = []
+        errors = self.fit.standard_errors
+        for k, name in enumerate(self.components):
+            share, error = self.fit.share([k])
+            low, high = self.fit.share_interval(k) if len(self.components) > 1 else (math.nan, math.nan)
+            test = self.test(name)
+            rows.append(
+                {
+                    "component": name,
+                    "variance": float(self.fit.variances[k]),
+                    "standard_error": float(errors[k]),
+                    "share": share,
+                    "share_error": error,
+                    "share_low": low,
+                    "share_high": high,
+                    "statistic": test.statistic,
+                    "p": test.p_value,
+                }
+            )
+            tell((k + 1) / len(self.components))
+        names = ["noise", "baseline noise"]
+        for name, value, error in zip(names, self.fit.variances[len(rows) :], errors[len(rows) :], strict=False):
+            rows.append({"component": name, "variance": float(value), "standard_error": float(error)})
+        return pd.DataFrame(rows)
+
+    def coefficient_table(self, level: float = 0.95) -> pd.DataFrame:
+        """A row a coefficient of β: estimate, standard error, normal interval, two-sided p."""
+        errors = self.fit.coefficient_covariance.diagonal().sqrt()
+        interval = self.fit.coefficient_intervals(level)
+        return pd.DataFrame(
+            {
+                "coefficient": self.coefficients,
+                "estimate": self.fit.coefficients.tolist(),
+                "standard_error": errors.tolist(),
+                "low": interval[:, 0].tolist(),
+                "high": interval[:, 1].tolist(),
+                "p": (2 * norm.sf((self.fit.coefficients / errors).abs().numpy())).tolist(),
+            }
+        )
+
+    def rate_table(self) -> pd.DataFrame:
+        """A row a person: the part of the rate that β explains and that of each kernel, per year."""
+        columns = {"subject": list(self.joined.subjects), "mean": (self.fit.data.design @ self.fit.coefficients).tolist()}
+        columns |= {name: effect.tolist() for name, effect in zip(self.components, self.fit.effects().T, strict=True)}
+        return pd.DataFrame(columns)
+
+    def predict(self, subjects: Sequence[str], years: Sequence[float]) -> Prediction:
+        """y at times since each person's baseline, as it would be measured.
+
+        Raises:
+            ValueError: for people who are not in the tables, or whose baseline was not measured.
+        """
+        place = {name: i for i, name in enumerate(self.joined.subjects)}
+        unknown = [name for name in subjects if name not in place]
+        if unknown:
+            raise ValueError(f"expected people of the tables, got {unknown[0]!r}")
+        person = torch.tensor([place[name] for name in subjects])
+        if bool(self.baseline[person].isnan().any()):
+            raise ValueError(f"expected people with {self.settings.scalar} at baseline, got some without")
+        change = self.fit.predict(FollowUps(torch.tensor(years, dtype=torch.float64), person, len(place)))
+        return Prediction(self.baseline[person] + change.mean, change.sd)
+
+
+def fit_rates(
+    visits: Visits, settings: RateSettings, genotypes: Genotypes | None = None, *, known: Sequence[str] | None = None, variances: Tensor | None = None
+) -> RateResult:
+    """Variance components of a scalar's rate of change.
+
+    Arguments:
+        visits: with ``settings.scalar`` among its scalars, and whatever else the settings name.
+        genotypes: of the same people; those without are left out.
+        known: people by whom columns are standardised and alleles counted, all by default.
+        variances: components that are taken as they are, not estimated.
+
+    Raises:
+        UnusableInput: where too few people are seen again, covariates are collinear, or no kernel is asked for.
+    """
+    joined = join(visits, genotypes=genotypes)
+    reference = joined.subjects if known is None else [name for name in joined.subjects if name in set(known)]
+    changes = joined.visits.changes([settings.scalar])
+    seen = ~changes.differences[:, 0].isnan()
+    design, names = _design(joined.visits, settings, reference)
+    kernels = dict(_kernels(joined, settings, reference))
+    if not kernels:
+        remedy = "ask for a clinical, phenotype or genetic kernel, or people's own rates"
+        raise UnusableInput(visits.path, "has nothing that could explain rates", remedy)
+    people = FollowUps(changes.years[seen], changes.person[seen], len(joined.subjects))
+    try:
+        relationship = DenseKernels(torch.stack(list(kernels.values())))
+        data = ChangeData(changes.differences[seen, 0], people, design, relationship, settings.baseline)
+    except ValueError as error:
+        remedy = "give more follow-ups, or fewer covariates"
+        raise UnusableInput(visits.path, f"cannot tell rates of {settings.scalar} apart: {error}", remedy) from error
+    fit = fit_components(data) if variances is None else at_components(data, variances)
+    return RateResult(joined, settings, tuple(kernels), names, fit, changes.baseline[:, 0])
+
+
+def _design(visits: Visits, settings: RateSettings, reference: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+    """A column of ones and the covariates less their means, imputed where missing; so the first coefficient is the rate of the average person."""
+    ones = torch.ones(len(visits.subjects), 1, dtype=torch.float64)
+    if not settings.mean:
+        return ones, ("rate",)
+    columns = _coded(visits, settings.mean, reference, "impute")
+    centred = columns - columns.loc[list(reference)].mean()
+    return torch.cat([ones, torch.tensor(centred.to_numpy())], 1), ("rate", *map(str, columns.columns))
+
+
+def _coded(visits: Visits, names: Sequence[str], reference: Sequence[str], missing: Missing) -> pd.DataFrame:
+    """Columns at baseline as numbers, categorical ones as indicators, as the reference people have them."""
+    table = visits.baseline[list(names)]
+    categorical = [name for name in visits.categorical if name in names]
+    coding = CovariateCoding.fit(table.loc[list(reference)], categorical, missing=missing, source=visits.path)
+    return coding.design(table, visits.path)
+
+
+def _kernels(joined: Joined, settings: RateSettings, reference: Sequence[str]) -> list[tuple[str, Tensor]]:
+    """Names and matrices ``(P, P)``, of mean diagonal about 1."""
+    found = []
+    if joined.genotypes is not None:
+        coding = joined.genotypes.of_people(reference).coding()
+        found.append(("genetics", joined.genotypes.grm(coding, missing="mean")))
+    for name, columns in (("clinical", settings.clinical), ("phenotype", settings.phenotype)):
+        if columns:
+            found.append((name, _gaussian(_coded(joined.visits, columns, reference, "keep"), reference)))
+    if settings.own:
+        found.append(("own", torch.eye(len(joined.subjects), dtype=torch.float64)))
+    return found
+
+
+def _gaussian(columns: pd.DataFrame, reference: Sequence[str]) -> Tensor:
+    """The Gaussian kernel of standardised columns; its length grows with their number, as distances between people do."""
+    known = columns.loc[list(reference)]
+    standardised = ((columns - known.mean()) / known.std(ddof=0)).loc[:, known.std(ddof=0) > 0]
+    kernel = ColumnGaussian(0.0, 1.0).double()
+    kernel.lengthscale = math.sqrt(max(1, standardised.shape[1]))
+    with torch.no_grad():
+        matrix: Tensor = kernel(torch.tensor(standardised.to_numpy())).to_dense()
+    return matrix

@@ -1,0 +1,144 @@
+"""Rates of change from tables and genotypes, from Python and from the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from bed_reader import to_bed
+from typer.testing import CliRunner
+
+from probmed.cli import app
+from probmed.tables import Genotypes, Visits
+from probmed.volumes import UnusableInput
+from probmed.workflows.longitudinal import RateSettings, fit_rates
+from probmed.workflows.longitudinal_outputs import RateRun
+
+PEOPLE, SNPS = 60, 120
+
+
+def write_cohort(folder: Path, people: int = PEOPLE, seed: int = 0) -> tuple[Path, Path]:
+    """Visits of a cohort whose rates depend on age and on genotypes, and the genotypes."""
+    rng = np.random.default_rng(seed)
+    counts = rng.binomial(2, 0.3, (people, SNPS)).astype(float)
+    standardised = (counts - 0.6) / math.sqrt(0.42)
+    age = rng.normal(70, 6, people)
+    rate = -0.05 - 0.004 * (age - 70) + 0.05 * standardised @ rng.normal(size=SNPS) / math.sqrt(SNPS)
+    counts[rng.random(counts.shape) < 0.01] = np.nan
+    names = [f"p{n:03d}" for n in range(people)]
+    to_bed(folder / "cohort.bed", counts, properties={"iid": names, "fid": names, "chromosome": ["1"] * SNPS})
+    rows = []
+    for n, name in enumerate(names):
+        start = rng.uniform(0, 5)
+        for t in [0.0, *np.sort(rng.uniform(0.5, 6, rng.integers(1, 4)))]:
+            y = 3.0 + rate[n] * t + rng.normal(0, 0.02)
+            rows.append({"subject": name, "time": start + t, "volume": y, "age": age[n], "sex": "FM"[n % 2]})
+    table = folder / "visits.tsv"
+    pd.DataFrame(rows).to_csv(table, sep="\t", index=False)
+    return table, folder / "cohort.bed"
+
+
+def read(path: Path) -> Visits:
+    return Visits.read(path, time_unit="years", scalars=["volume"], covariates=["age"], categorical=["sex"])
+
+
+SETTINGS = RateSettings("volume", mean=("age", "sex"), clinical=("age", "sex"))
+
+
+def test_components_coefficients_and_effects_are_those_of_the_cohort(tmp_path: Path) -> None:
+    table, bed = write_cohort(tmp_path, 200)
+    result = fit_rates(read(table), SETTINGS, Genotypes.open(bed, count_A1=True))
+    assert result.fit.converged
+    assert result.components == ("genetics", "clinical", "own")
+    coefficients = result.coefficient_table().set_index("coefficient")
+    assert list(coefficients.index) == ["rate", "age", "sex=M"]
+    for name, truth in (("rate", -0.05), ("age", -0.004), ("sex=M", 0.0)):
+        assert abs(coefficients["estimate"][name] - truth) < 4 * coefficients["standard_error"][name] + (0.02 if name == "rate" else 0.0)
+    components = result.component_table().set_index("component")
+    assert components["share"]["genetics"] > 0.5
+    assert components["p"]["genetics"] < 0.001
+    assert float(components["variance"]["noise"]) == pytest.approx(0.02**2, rel=0.4)
+    assert (components["share_low"].iloc[:3] <= components["share"].iloc[:3] + 1e-3).all()
+    rates = result.rate_table()
+    assert list(rates.columns) == ["subject", "mean", "genetics", "clinical", "own"]
+
+
+def test_predictions_of_a_run_s_own_people_and_of_others(tmp_path: Path) -> None:
+    table, bed = write_cohort(tmp_path)
+    rows = pd.read_csv(table, sep="\t")
+    new = rows["subject"] >= "p050"
+    rows[~new].to_csv(tmp_path / "train.tsv", sep="\t", index=False)
+    result = CliRunner().invoke(app, ["train", "longitudinal", *_options(tmp_path / "train.tsv", bed, tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert "50 people in all tables" in " ".join(result.output.split())
+    record = json.loads((tmp_path / "run" / "longitudinal.json").read_text())
+    assert record["Components"] == ["genetics", "clinical", "own"]
+    assert record["GenotypesUsed"]["People"] == 50
+    asked = rows[new].copy()
+    later = asked["subject"].duplicated()
+    truth = asked["volume"][later].to_numpy()
+    asked.loc[later, "volume"] = np.nan
+    known = rows[rows["subject"] == "p003"].iloc[[-1]].assign(time=20.0, volume=np.nan)
+    pd.concat([asked, known]).to_csv(tmp_path / "new.tsv", sep="\t", index=False)
+    result = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "--data", str(tmp_path / "new.tsv"), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    found = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
+    assert len(found) == len(truth) + 1
+    others = found[found["subject"] != "p003"]
+    first = asked[~later].set_index("subject")["volume"]
+    before = np.abs(truth - first.loc[others["subject"]].to_numpy())
+    assert np.abs(others["mean"].to_numpy() - truth).mean() < 0.8 * before.mean()
+    held = (others["low"] <= truth) & (truth <= others["high"])
+    assert held.mean() > 0.7
+    assert (found["sd"] > 0.02).all()
+    # The same person from Python, from the run's own tables.
+    run = RateRun.load(tmp_path / "run")
+    whole = fit_rates(run.visits, run.settings, Genotypes.open(bed, count_A1=True).filtered(min_frequency=0.01), variances=run.variances)
+    baseline = rows[rows["subject"] == "p003"]["time"].min()
+    alone = whole.predict(["p003"], [20.0 - baseline])
+    mine = found[found["subject"] == "p003"].iloc[0]
+    # New people's genotypes move the relationships' frequencies not at all, and their baselines say nothing of rates.
+    assert float(alone.mean[0]) == pytest.approx(mine["mean"], abs=1e-6)
+    assert float(alone.sd[0]) == pytest.approx(mine["sd"], rel=1e-4)
+
+
+def _options(table: Path, bed: Path | None, out: Path) -> list[str]:
+    genotypes = [] if bed is None else ["--genotypes", str(bed)]
+    columns = ["--mean", "age,sex", "--clinical", "age,sex", "--categorical", "sex"]
+    return ["--data", str(table), "--scalar", "volume", *columns, *genotypes, "-o", str(out)]
+
+
+def test_requests_that_cannot_be_met_get_one_line(tmp_path: Path) -> None:
+    table, bed = write_cohort(tmp_path, 12)
+    rows = pd.read_csv(table, sep="\t")
+
+    def refused(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert result.exit_code == 2, result.output
+        return " ".join(result.output.split())
+
+    out = tmp_path / "run"
+    assert "has no column" in refused("train", "longitudinal", *_options(table, None, out)[:2], "--scalar", "weight", "-o", str(out))
+    once = tmp_path / "once.tsv"
+    rows.drop_duplicates("subject").to_csv(once, sep="\t", index=False)
+    assert "cannot tell rates of volume apart" in refused("train", "longitudinal", *_options(once, None, out))
+    nothing = ["--data", str(table), "--scalar", "volume", "--no-own", "-o", str(out)]
+    assert "nothing that could explain rates" in refused("train", "longitudinal", *nothing)
+    assert not out.exists()
+    assert CliRunner().invoke(app, ["train", "longitudinal", *_options(table, bed, out)]).exit_code == 0
+    assert "holds a run already" in refused("train", "longitudinal", *_options(table, bed, out))
+    assert "asks for no prediction" in refused("predict", str(out), "--data", str(table), "-o", str(tmp_path / "p"))
+    assert "holds no run" in refused("predict", str(tmp_path), "--data", str(table), "-o", str(tmp_path / "p"))
+    stranger = rows.iloc[:2].assign(subject="other", volume=[np.nan, np.nan], time=[0.0, 1.0])
+    pd.concat([rows, stranger]).to_csv(tmp_path / "bare.tsv", sep="\t", index=False)
+    assert "asks for no prediction" in refused("predict", str(out), "--data", str(tmp_path / "bare.tsv"), "-o", str(tmp_path / "p"))
+    with pytest.raises(ValueError, match="people of the tables"):
+        fit_rates(read(table), SETTINGS).predict(["nobody"], [1.0])
+    with pytest.raises(ValueError, match="baseline"):
+        RateSettings("volume", baseline="other")
+    with pytest.raises(UnusableInput, match="nothing that could explain"):
+        fit_rates(read(table), RateSettings("volume", own=False))
