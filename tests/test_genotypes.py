@@ -181,7 +181,7 @@ def test_filters_take_people_first_and_record_why(tmp_path: Path) -> None:
     counts[1, [0, 1, 2]] = NAN
     counts[5:9, 4] = NAN
     counts[:2, 4] = 2
-    # SNP 5 is monomorphic.
+    counts[:, 5] = 2
     genotypes = Genotypes.open(write(tmp_path / "g.bed", counts), count_A1=True)
     same(genotypes.person_missingness, np.isnan(counts).mean(1))
     same(genotypes.missingness, np.isnan(counts).mean(0))
@@ -197,6 +197,7 @@ def test_filters_take_people_first_and_record_why(tmp_path: Path) -> None:
         ("missing in more than 0.4 of people", ("rs4",)),
         ("monomorphic", ("rs3", "rs5")),
     ]
+    assert genotypes.filtered(max_person_missing=0.5).shape[0] == 10  # at the limit: three of six
     rare = genotypes.filtered(min_frequency=0.2)
     assert rare.omissions[-1].reason == "minor-allele frequency below 0.2"
     record = json.loads(json.dumps(without.record()))
@@ -337,9 +338,12 @@ CASES = {
     "another": ("A G", "A C", "differ"),
     "half-in-letters": ("L H", "L X", "differ"),
     "nothing-known": ("A G", "0 0", "differ"),
+    "nothing-known-and-one": ("0 G", "0 0", "differ"),
+    "deletion-has-no-strand": ("A 0", "T <DEL>", "differ"),
     "palindromic": ("A T", "A T", "ambiguous"),
     "palindromic-swapped": ("C G", "G C", "ambiguous swapped"),
     "palindromic-one-seen": ("A T", "0 T", "ambiguous"),
+    "palindromic-reference-saw-one": ("0 T", "A T", "ambiguous"),
 }
 
 
@@ -375,9 +379,9 @@ def test_alleles_are_aligned(tmp_path: Path, ambiguous: Any, recwarn: pytest.War
         assert reasons["A/T or C/G, strand unclear"] == tuple(n for n, f in fates.items() if "ambiguous" in f)
         assert not recwarn.list
     else:
-        assert "has 3 SNPs with alleles A/T or C/G" in str(recwarn.pop(UserWarning).message)
+        assert "has 4 SNPs with alleles A/T or C/G" in str(recwarn.pop(UserWarning).message)
     json.dumps(report.record())
-    assert "on the other strand; left out: 3 SNPs (alleles differ" in report.summary()
+    assert "on the other strand; left out: 5 SNPs (alleles differ" in report.summary()
 
 
 def test_aligned_twice_is_aligned_once(tmp_path: Path) -> None:

@@ -200,7 +200,8 @@ def test_covariates_keep_gaps_or_fill_them(visits: Visits) -> None:
 
 def test_new_people_are_coded_by_the_training_levels_and_means() -> None:
     training = pd.DataFrame({"age": [60.0, 80.0, NAN, 70.0], "site": ["x", "z", "z", "y"], "sex": ["F", "M", None, "F"]})
-    coding = CovariateCoding.fit(training, ["site", "sex"], missing="impute")
+    training["scanner"] = ["s", None, "s", "s"]
+    coding = CovariateCoding.fit(training, ["site", "sex", "scanner"], missing="impute")
     new = pd.DataFrame({"sex": [None, "M"], "site": [None, "z"], "age": [NAN, 50.0], "more": [1, 2]})
     design = coding.design(new)
     assert design.columns.tolist() == ["age", "site=y", "site=z", "sex=M", "age missing", "sex missing"]
@@ -211,9 +212,9 @@ def test_new_people_are_coded_by_the_training_levels_and_means() -> None:
         coding.design(new.drop(columns="site"))
     again = CovariateCoding.from_record(json.loads(json.dumps(coding.record())))
     pd.testing.assert_frame_equal(again.design(new), design)
-    assert again.missing == "impute" and again.with_gaps == coding.with_gaps and again.constant == ()
+    assert again.missing == "impute" and again.with_gaps == coding.with_gaps and again.constant == ("scanner",)
     with pytest.raises(UnusableInput, match="has no entry in column age"):
-        CovariateCoding.fit(training.assign(age=NAN), ["site", "sex"])
+        CovariateCoding.fit(training.assign(age=NAN), ["site", "sex", "scanner"])
 
 
 # A row a person.

@@ -1,8 +1,8 @@
 """Simulated scans, subjects and cohorts whose truth is known.
 
 `simulate_subject` draws one anatomy from an atlas and images it; `simulate_cohort` draws people who age;
-`degraded` makes a given scan harder. Everything is seeded, and every quantity that a model has to find is
-kept beside the scan.
+`simulate_people` gives people genes, covariates and rates of change, `simulate_visits` measures them; `degraded`
+makes a given scan harder. Everything is seeded, and every quantity that a model has to find is kept beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from probmed.simulation.anatomies import Anatomy, AtrophyFlow, Lesions, atrophy_flow
 from probmed.simulation.cohorts import simulate_cohort
 from probmed.simulation.contrasts import CONTRASTS, Appearance, degraded
+from probmed.simulation.people import SimulatedGenotypes, SimulatedPeople, simulate_genotypes, simulate_people, simulate_visits
 from probmed.simulation.subjects import SimulatedSubject, scan, simulate_subject
 
 __all__ = [
@@ -18,10 +19,15 @@ __all__ = [
     "Appearance",
     "AtrophyFlow",
     "Lesions",
+    "SimulatedGenotypes",
+    "SimulatedPeople",
     "SimulatedSubject",
     "atrophy_flow",
     "degraded",
     "scan",
     "simulate_cohort",
+    "simulate_genotypes",
+    "simulate_people",
     "simulate_subject",
+    "simulate_visits",
 ]

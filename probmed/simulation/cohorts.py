@@ -4,6 +4,7 @@ rates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -39,6 +40,8 @@ def simulate_cohort(
     reference_age: float = 70.0,
     atrophy_rate: float = 0.005,
     atrophy_rate_sd: float = 0.002,
+    rates: Sequence[float] | None = None,
+    years: Sequence[Sequence[float]] | None = None,
     stripped: bool = False,
     **options: Any,
 ) -> tuple[list[list[SimulatedSubject]], pd.DataFrame]:
@@ -54,6 +57,8 @@ def simulate_cohort(
         ages: range of ages at the first visit, years.
         reference_age: the age at which an anatomy is the deformed atlas, without atrophy.
         atrophy_rate, atrophy_rate_sd: mean and standard deviation of r_i, share of GM and WM lost a year.
+        rates: r_i of each person, such as minus those of ``simulate_people``; drawn by default.
+        years: of each person the times of the visits, the first of which is 0; ``visits`` at equal intervals by default.
         options: of ``simulate_subject``.
 
     Returns:
@@ -67,18 +72,21 @@ def simulate_cohort(
     shrinking, grid = atrophy_flow(atlas), atlas.grid.at_spacing(spacing_mm)
     people = stream(seed, "people")
     first_ages = ages[0] + (ages[1] - ages[0]) * torch.rand(n, generator=people)
-    rates = atrophy_rate + atrophy_rate_sd * torch.randn(n, generator=people)
+    drawn = atrophy_rate + atrophy_rate_sd * torch.randn(n, generator=people)
     seeds = torch.randint(2**31, (n,), generator=people)
     body = {name: options.pop(name) for name in _ANATOMY_OPTIONS if name in options}
 
     subjects, rows = [], []
-    for i, (age, rate, own) in enumerate(zip(first_ages.tolist(), rates.tolist(), seeds.tolist(), strict=True)):
+    own_rates = drawn.tolist() if rates is None else [float(rate) for rate in rates]
+    times = [[visit * interval_years for visit in range(visits)]] * n if years is None else years
+    if len(own_rates) != n or len(times) != n:
+        raise ValueError(f"expected rates and years of {n} people, got {len(own_rates)} and {len(times)}")
+    for i, (age, rate, own) in enumerate(zip(first_ages.tolist(), own_rates, seeds.tolist(), strict=True)):
         anatomy, scans = Anatomy(atlas, own, **body), []
-        for visit in range(visits):
-            years = visit * interval_years
-            atrophy = rate * (age + years - reference_age)
+        for visit, since in enumerate(times[i]):
+            atrophy = rate * (age + since - reference_age)
             scans.append(scan(anatomy, grid, atrophy=atrophy, shrinking=shrinking, session=visit, **options))
-            row = {"subject": f"sub-{i + 1:03d}", "visit": visit + 1, "years": years, "age": age + years}
+            row = {"subject": f"sub-{i + 1:03d}", "visit": visit + 1, "years": since, "age": age + since}
             row |= {"rate": rate, "atrophy": atrophy, "seed": own}
             rows.append(row | {f"{name}_ml": ml for name, ml in scans[-1].volumes_ml.items()})
         subjects.append(scans)

@@ -60,10 +60,6 @@ def aligned(
 
     Raises:
         UnusableInput: where no SNP remains.
-
-    >>> snps = pd.DataFrame({"name": ["a", "b"], "counted": ["A", "G"], "other": ["C", "T"]})
-    >>> [outcome.tolist() for outcome in _compared(snps, snps.rename(columns={"counted": "other", "other": "counted"}))]
-    [[True, True], [True, True], [False, False]]
     """
     bim = genotypes.path.with_suffix(".bim")
     keys, wanted = (_keys(snps, by) for snps in (genotypes.snps, reference))

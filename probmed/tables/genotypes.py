@@ -225,7 +225,7 @@ class Genotypes:
         return GenotypeCoding.of(self.snps, p, observed, alpha=alpha, missing=missing)
 
     def grm(self, coding: GenotypeCoding | None = None, *, missing: Literal["pairwise", "mean"] = "pairwise", size: int | None = None) -> Tensor:
-        """The genetic relationship matrix, ``(N, N)`` float64, in one pass; memory for N² numbers, twice that where ``missing`` is pairwise, and a chunk.
+        """The genetic relationship matrix, ``(N, N)`` float64, in one pass that holds N² numbers, or 2N² where pairwise.
 
         .. math:: A_{ik} = \\sum_j z_{ij} z_{kj} \\Big/ \\sum_j v_j
 
