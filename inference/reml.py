@@ -23,8 +23,9 @@ from probmed.slopes import Collapsed, Factor, FollowUps, Relationship, among, co
 
 _LOG_2PI = math.log(2 * math.pi)
 _HALVINGS = 20
+_SHRINKING, _NEGLIGIBLE = 0.1, 1e-4  # of a component in one step, until it is that small a part of where it started
 _RIDGE = 1e-10  # relative, for components that cannot be told apart
-_FLOOR = 1e-8  # of the noise, relative to the changes' variance
+_FLOOR = 1e-6  # of the noise, relative to the changes' variance: below it P loses its digits
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,8 @@ def fit_components(
     lowest = torch.zeros(data.count).to(data.change)
     lowest[data.relationship.components] = _FLOOR * data.change.square().mean()
     lowest = mixing.mT @ lowest
-    free = torch.maximum(_start(data) if start is None else start, lowest)
+    free = torch.maximum(mixing.mT @ _start(data) / mixing.square().sum(0) if start is None else start, lowest)
+    negligible = torch.maximum(_NEGLIGIBLE * (mixing.mT @ _start(data)), lowest)
     value, gradient = _with_gradient(data, free, mixing, restricted)
     if not math.isfinite(value):
         raise FloatingPointError(f"the log likelihood is {value} at the start")
@@ -330,12 +332,15 @@ def fit_components(
         taken += 1
         movable = ((free > lowest) | (gradient > 0)).nonzero()[:, 0]
         information = (mixing.mT @ average_information(data, mixing @ free) @ mixing)[movable][:, movable]
-        ridge = _RIDGE * information.diagonal().mean() * torch.eye(len(movable)).to(information)
+        # In units of its own for each, for a small noise has an information of another size than a kernel's variance.
+        unit = information.diagonal().clamp_min(torch.finfo(information.dtype).tiny).rsqrt()
+        correlation = unit[:, None] * information * unit + _RIDGE * torch.eye(len(movable)).to(information)
         step = torch.zeros_like(free)
-        step[movable] = torch.linalg.solve(information + ridge, gradient[movable])
+        step[movable] = unit * torch.linalg.solve(correlation, unit * gradient[movable])
         size, gain = 1.0, -math.inf
         for _ in range(_HALVINGS):
-            candidate = torch.maximum(free + size * step, lowest)
+            # A component that leaps to its bound may never come back: there information is great, and steps are small.
+            candidate = torch.maximum(free + size * step, torch.where(free > negligible, _SHRINKING * free, lowest))
             found, slope = _with_gradient(data, candidate, mixing, restricted)
             gain = found - value
             if gain >= 0:

@@ -167,6 +167,14 @@ def heritable(people: int, heritability: float, seed: int) -> ChangeData:
     return once(trait, torch.ones(people, 1), DenseKernels(kernel[None]))
 
 
+@pytest.mark.parametrize("seed", [4, 6, 22, 28, 40])
+def test_fit_is_the_greatest_of_a_grid_and_does_not_stay_at_a_bound(seed: int) -> None:
+    data = heritable(60, 0.9, seed)
+    fit = fit_components(data)
+    along = [fit_components(data, mixing=torch.tensor([[h], [1 - h]])).log_likelihood for h in torch.linspace(0.001, 0.999, 60).tolist()]
+    assert fit.log_likelihood >= max(along) - 1e-6
+
+
 @pytest.mark.slow
 def test_heritability_is_recovered_and_its_interval_covers() -> None:
     truth, cohorts = 0.5, 200
