@@ -230,7 +230,7 @@ def test_command_trains_goes_on_and_never_replaces_a_run(table: Path, tmp_path: 
         ("image\n0.nii.gz\n1.nii.gz\n", "has no column scan"),
         ("scan\n0.nii.gz\n", "has 1 scans"),
         ("scan\nnone.nii.gz\nnone.nii.gz\n", "none.nii.gz"),
-        ("", "is not a table"),
+        ("", "has no rows"),
     ],
 )
 def test_unusable_tables_get_one_line_and_leave_nothing(content: str, fault: str, tmp_path: Path) -> None:

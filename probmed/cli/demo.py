@@ -21,13 +21,12 @@ from probmed.cli.options import (
     SeedOption,
     check_device,
     make_folder,
-    remove_if_empty,
 )
 from probmed.cli.segment import Request, Subject, segment_subject
 from probmed.metrics import dice
 from probmed.simulation import CONTRASTS, degraded
 from probmed.simulation.contrasts import stream
-from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
+from probmed.volumes import Volume, write_labels, write_scan
 from probmed.workflows.outputs import check_outputs, output_names, staged
 from probmed.workflows.segmentation import SegmentationResult
 
@@ -57,20 +56,14 @@ def demo(
 
         probmed demo -o demo
     """
-    made: list[Path] = []
-    try:
+    with progress.in_one_line("probmed demo", debug) as made:
         check_device(device)
         atlas = default_atlas()
-        made = make_folder(out)
+        made += make_folder(out)
         scan, truth = simulated_scan(atlas, seed)
         path = write_demo_scan(out, scan, truth)
         request = Request(atlas, out, draws, 0, device.value, seed, quiet, (path,))
         result = segment_subject(Subject((path,)), request, "MNI152", lambda r: compared(r, truth))
-    except Exception as error:
-        progress.say(progress.failure_line(error, "probmed demo", debug))
-        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
-    finally:
-        remove_if_empty(made)
     if not quiet:
         _show(result, truth)
         typer.echo(

@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 import torch
 import typer
 
@@ -74,20 +73,6 @@ def remove_if_empty(folders: list[Path]) -> None:
             folder.rmdir()
         except OSError:
             return
-
-
-def read_table(path: Path) -> Any:
-    """A table of strings, tabs or commas.
-
-    Raises:
-        UnusableInput: for a file that is missing or is no table.
-    """
-    try:
-        return pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t", dtype=str)
-    except FileNotFoundError as error:
-        raise UnusableInput(path, "does not exist", "check the path") from error
-    except (OSError, ValueError) as error:
-        raise UnusableInput(path, f"is not a table that can be read ({' '.join(str(error).split())})", "give TSV, or CSV named .csv") from error
 
 
 def load_amortisation() -> Any:

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from probmed.cli import progress
-from probmed.cli.options import DebugOption, QuietOption, command_line, make_folder, remove_if_empty
+from probmed.cli.options import DebugOption, QuietOption, command_line, make_folder
 from probmed.tables import Genotypes
-from probmed.volumes import UnusableInput
 from probmed.workflows.longitudinal_outputs import RateRun, exact_text
 from probmed.workflows.outputs import check_outputs, described_table, staged, write_sidecars
 from probmed.workflows.provenance import Provenance
@@ -44,14 +43,13 @@ def predict(
 
         probmed predict run --data new.tsv -o out
     """
-    made: list[Path] = []
-    try:
+    with progress.in_one_line(str(data), debug) as made:
         fitted = RateRun.load(run)
         plink = genotypes or fitted.genotypes
         inputs = [str(path) for path in (run / "longitudinal.json", data, plink) if path is not None]
         names = {"predictions": "predictions.tsv"}
         check_outputs(out, ["predictions.tsv", "predictions.json"], "predictions", [data], ".json", "probmed predict")
-        made = make_folder(out)
+        made += make_folder(out)
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
             tell("predicting", 0.1)
             people = None if plink is None else Genotypes.open(plink, count_A1=True).filtered(min_frequency=0.01)
@@ -60,11 +58,6 @@ def predict(
                 (stage / "predictions.tsv").write_text(exact_text(table), encoding="utf-8")
                 described = described_table(f"Predictions of {fitted.settings.scalar}.", _COLUMNS)
                 write_sidecars(stage, names, {"predictions": described}, Provenance.of(command_line(), 0, inputs, lines))
-    except Exception as error:  # one line, whatever happened
-        progress.say(progress.failure_line(error, str(data), debug))
-        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
-    finally:
-        remove_if_empty(made)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")

@@ -7,7 +7,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -20,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from probmed.cli.options import remove_if_empty
 from probmed.volumes import UnusableInput
 
 Tell = Callable[[str, float], None]
@@ -72,6 +75,20 @@ def collected_warnings(paths: Sequence[str]) -> Iterator[list[str]]:
 def say(line: str, style: str = "") -> None:
     """One line on standard error."""
     error_console().print(escape(line), style=style, soft_wrap=True)
+
+
+@contextmanager
+def in_one_line(name: str, debug: bool) -> Iterator[list[Path]]:
+    """Whatever goes wrong inside ends the command with one line about ``name`` and status 2 for unusable input, else 1. Folders that are put into the
+    list, which the command made, go again where they are still empty."""
+    made: list[Path] = []
+    try:
+        yield made
+    except Exception as error:
+        say(failure_line(error, name, debug))
+        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
+    finally:
+        remove_if_empty(made)
 
 
 def failure_line(error: Exception, name: str, debug: bool) -> str:

@@ -22,10 +22,9 @@ from probmed.cli.options import (
     check_device,
     command_line,
     make_folder,
-    read_table,
-    remove_if_empty,
 )
 from probmed.report import template_page
+from probmed.tables import read_table
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan
 from probmed.workflows.propagation import check_same_grid
 from probmed.workflows.provenance import Provenance
@@ -91,14 +90,13 @@ def template(
 
         probmed template scans.tsv --covariates age,sex --spacing 2 -o out
     """
-    made: list[Path] = []
     texts = [str(data)]
-    try:
+    with progress.in_one_line(str(data), debug) as made:
         check_device(device)
         cohort = _read_cohort(read_table(data), data, [name.strip() for name in covariates.split(",") if name.strip()])
         inputs = (data, *cohort.scans, *cohort.labels)
         texts = [str(path) for path in inputs]
-        made = make_folder(out)
+        made += make_folder(out)
         with progress.collected_warnings(texts) as lines, progress.progress_bar(data.stem, quiet) as tell:
             tell("reading", 0.0)
             scans = [read_scan(path) for path in cohort.scans]
@@ -114,11 +112,6 @@ def template(
             provenance = Provenance.of(command_line(), seed, texts, lines)
             page = template_page(result, provenance, data.stem)
             write_template(result, out, names, provenance, page, labels=labels, label_names=values, protect=inputs)
-    except Exception as error:  # one line, whatever happened
-        progress.say(progress.failure_line(error, str(data), debug))
-        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
-    finally:
-        remove_if_empty(made)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")

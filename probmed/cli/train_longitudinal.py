@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from probmed.cli import progress
-from probmed.cli.options import DebugOption, QuietOption, command_line, make_folder, remove_if_empty
+from probmed.cli.options import DebugOption, QuietOption, command_line, make_folder
 from probmed.tables import Genotypes, Visits
 from probmed.volumes import UnusableInput
 from probmed.workflows.longitudinal import RateSettings, fit_rates
@@ -65,13 +65,12 @@ def longitudinal(
 
         probmed predict run --data new.tsv -o out
     """
-    made: list[Path] = []
-    try:
+    with progress.in_one_line(str(data), debug) as made:
         if (out / RECORD).exists():
             raise UnusableInput(out, "holds a run already", "give another folder with --out")
         levels, used = _names(categorical), [name for text in (mean, clinical, phenotype) for name in _names(text)]
         numeric = [name for name in dict.fromkeys(used) if name not in levels and name != scalar]
-        made = make_folder(out)
+        made += make_folder(out)
         inputs = [str(data), *([] if genotypes is None else [str(genotypes)])]
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
             tell("reading", 0.0)
@@ -85,11 +84,6 @@ def longitudinal(
             provenance = Provenance.of(command_line(), 0, inputs, lines)
             where = {"subject": subject, "time": time, "unit": time_unit.value, "genotypes": genotypes}
             tables = write_run(result, out, provenance, tell=lambda share: tell("tests", 0.3 + 0.7 * share), **where)  # type: ignore[arg-type]
-    except Exception as error:  # one line, whatever happened
-        progress.say(progress.failure_line(error, str(data), debug))
-        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
-    finally:
-        remove_if_empty(made)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")

@@ -19,9 +19,8 @@ from probmed.cli.options import (
     check_device,
     load_amortisation,
     make_folder,
-    read_table,
-    remove_if_empty,
 )
+from probmed.tables import read_table
 from probmed.volumes import UnusableInput
 
 
@@ -83,12 +82,11 @@ def registration(
 
         probmed register moving.nii.gz fixed.nii.gz --model run -o out
     """
-    made: list[Path] = []
-    try:
+    with progress.in_one_line(str(data), debug) as made:
         check_device(device)
         _check_run(out, resume)
         table, checked = read_table(data), None if validation is None else read_table(validation)
-        made = make_folder(out)
+        made += make_folder(out)
         amortisation, training_of = load_amortisation(), importlib.import_module("probmed.inference.training")
         settings = amortisation.NetworkSettings(
             objective.value,
@@ -115,11 +113,6 @@ def registration(
             _, log = amortisation.train_registration(
                 cohort, grid, settings, training, folder=out, validation=other, fabric=fabric, described=described, tell=report
             )
-    except Exception as error:  # one line, whatever happened
-        progress.say(progress.failure_line(error, str(data), debug))
-        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
-    finally:
-        remove_if_empty(made)
     if not quiet and fabric.is_global_zero:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "folding"))
         typer.echo(f"{out}: {int(log[-1]['step'])} steps, {numbers}")
