@@ -18,7 +18,8 @@ import torch
 
 Row = dict[str, Any]
 
-PACKAGES = ("probmed", "torch", "pyro-ppl", "numpy", "scipy", "nibabel", "nilearn", "antspyx", "dipy", "SimpleITK", "voxelmorph", "neurite", "statsmodels")
+PACKAGES = ("probmed", "torch", "pyro-ppl", "numpy", "scipy", "nibabel", "nilearn", "antspyx", "dipy", "SimpleITK", "voxelmorph", "neurite")
+PACKAGES += ("scikit-learn", "statsmodels", "glimix-core")
 
 
 @dataclass

@@ -18,8 +18,8 @@ from probmed.metrics import (
     folding,
     interval_coverage,
     interval_score,
-    normal_crps,
     negative_log_likelihood,
+    normal_crps,
     paired_bootstrap,
     surface_distances,
 )

@@ -338,6 +338,71 @@ def test_a_network_s_answer(workplace: Path) -> None:
     assert (workplace / f"out/m2_{XFM}_desc-draw001_xfm.nii.gz").exists()
 
 
+def unbent(points: Array) -> Array:
+    """The inverse of ``bent``, by its fixed point."""
+    found = points
+    for _ in range(50):
+        found = found + 0.5 * (points - bent(found))
+    return np.asarray(found)
+
+
+def landmark_table(scale: float = 1.0, rows: int = 6) -> pd.DataFrame:
+    """Points that truly correspond: the moving image shows at y what the fixed one shows at x = ``bent(y)``."""
+    fixed = np.random.default_rng(0).uniform(-5, 5, (rows, 3))
+    places = scale * np.concatenate([fixed, unbent(fixed)], 1)
+    return pd.DataFrame(places, columns=[f"{image}_{axis}" for image in ("fixed", "moving") for axis in "xyz"])
+
+
+def write_landmarks(name: str = "points.tsv", **options: Any) -> None:
+    landmark_table(**options).to_csv(name, sep="," if name.endswith(".csv") else "\t", index=False)
+
+
+@pytest.mark.parametrize("name", ["points.tsv", "points.csv"])
+def test_landmarks_bring_their_points_together(workplace: Path, name: str) -> None:
+    write_landmarks(name)
+    options = ("--landmarks", name, "--landmark-sd", "0.1", "--affine", "none", "--draws", "2")
+    result = call("register", "m.nii.gz", "f.nii.gz", "-o", "out", *options)
+    assert result.exit_code == 0, result.output
+    row = pd.read_csv("out/m_registration.tsv", sep="\t").iloc[0]
+    table = landmark_table()
+    x, y = (torch.from_numpy(table.to_numpy(copy=True)[:, side]) for side in (slice(3), slice(3, 6)))
+    assert row["landmark_error_headers"] == row["landmark_error_affine"] == pytest.approx(float((x - y).norm(dim=-1).mean()), abs=1e-3)
+    there = read_warp(workplace / f"out/m_{XFM}_xfm.nii.gz")(x)
+    assert row["landmark_error_all"] == pytest.approx(float((there - y).norm(dim=-1).mean()), abs=0.02)
+    assert row["landmark_error_all"] < 0.1 * row["landmark_error_headers"]
+    assert f"→ {row['landmark_error_all']:.2f} mm apart" in result.stdout
+    assert row["tempering"] == pytest.approx(1 / 125, rel=1e-3)
+    record = json.loads((workplace / "out/m_registration.json").read_text())
+    assert [source["File"] for source in record["Sources"]] == ["m.nii.gz", "f.nii.gz", name]
+    assert "landmark_error_all" in record
+
+
+def test_landmarks_in_the_plane(workplace: Path) -> None:
+    write_slices(workplace)
+    pd.DataFrame({"fixed_x": [1.0], "fixed_y": [2.0], "moving_x": [2.5], "moving_y": [1.0]}).to_csv("p.tsv", sep="\t", index=False)
+    options = ("--landmarks", "p.tsv", "--landmark-sd", "0.1", "--affine", "none", "--draws", "0")
+    assert call("register", "m2.nii.gz", "f2.nii.gz", "-o", "out", *options).exit_code == 0
+    row = pd.read_csv("out/m2_registration.tsv", sep="\t").iloc[0]
+    assert row["landmark_error_headers"] == pytest.approx(math.hypot(1.5, 1.0), abs=1e-3)
+    assert row["landmark_error_all"] < 0.5
+
+
+def test_label_maps_of_both_images_are_matched(workplace: Path) -> None:
+    """Images that show nothing; their labels alone bring the core over."""
+    generator = np.random.default_rng(2)
+    for name, shape, affine in (("m", MOVING_SHAPE, MOVING_AFFINE), ("f", FIXED_SHAPE, FIXED_AFFINE)):
+        save((100 + generator.normal(0, 1, shape)).astype(np.float32), affine, f"{name}.nii.gz")
+    save(regions(world(FIXED_SHAPE, FIXED_AFFINE)), FIXED_AFFINE, "wanted.nii.gz")
+    wanted, overlaps = torch.from_numpy(regions(world(FIXED_SHAPE, FIXED_AFFINE))), []
+    for options in ((), ("--match-labels", "regions.nii.gz", "wanted.nii.gz")):
+        common = ("-o", "out", "--labels", "regions.nii.gz", "--affine", "none", "--draws", "0")
+        result = call("register", "m.nii.gz", "f.nii.gz", *common, *options)
+        assert result.exit_code == 0, result.output
+        overlaps.append([dice(read_labels(workplace / "out/m_dseg.nii.gz").data == k, wanted == k) for k in (1, 2)])
+    assert min(overlaps[1]) > 0.78  # a voxel is half the core
+    assert all(matched > alone + 0.03 for matched, alone in zip(overlaps[1], overlaps[0], strict=True))
+
+
 # Files of others, and of earlier runs.
 
 
@@ -458,6 +523,39 @@ FAULTS: dict[str, tuple[Callable[[], object], tuple[str, ...], tuple[str, ...]]]
     "more saved than drawn": (lambda: None, ("--save-draws", "3", "--draws", "2"), ("--save-draws 3", "raise --draws")),
     "draws of no deformation": (lambda: None, ("--save-draws", "1", "--no-deformation"), ("--save-draws 1",)),
     "no network": (lambda: Path("run").mkdir(), ("--model", "run"), ("run: holds no registration network",)),
+    "landmarks that are missing": (lambda: None, ("--landmarks", "points.tsv"), ("points.tsv: does not exist",)),
+    "landmarks without a column": (
+        lambda: landmark_table().drop(columns="moving_y").to_csv("points.tsv", sep="\t", index=False),
+        ("--landmarks", "points.tsv"),
+        ("points.tsv: has no column moving_y", "fixed_x, fixed_y, fixed_z, moving_x"),
+    ),
+    "landmarks without a number": (
+        lambda: landmark_table().assign(fixed_z="left").to_csv("points.tsv", sep="\t", index=False),
+        ("--landmarks", "points.tsv"),
+        ("points.tsv: has no number in column fixed_z, row 1: 'left'",),
+    ),
+    "no landmarks": (lambda: write_landmarks(rows=0), ("--landmarks", "points.tsv"), ("points.tsv: has no rows",)),
+    "landmarks outside": (
+        lambda: write_landmarks(scale=-9.0),
+        ("--landmarks", "points.tsv"),
+        ("points.tsv: has a point outside f.nii.gz in row 1: (", "LPS"),
+    ),
+    "landmarks of no accuracy": (
+        write_landmarks, ("--landmarks", "points.tsv", "--landmark-sd", "0"), ("--landmark-sd 0: is no positive number",)
+    ),
+    "landmarks of an affine map": (
+        write_landmarks,
+        ("--landmarks", "points.tsv", "--no-deformation"),
+        ("--landmarks: is for the deformation's fit, which --no-deformation leaves out",),
+    ),
+    "matched labels without a label in common": (
+        lambda: save(np.full(FIXED_SHAPE, 7, np.uint8), FIXED_AFFINE, "wanted.nii.gz"),
+        ("--match-labels", "regions.nii.gz", "wanted.nii.gz"),
+        ("regions.nii.gz: has no label but 0 in common with wanted.nii.gz",),
+    ),
+    "matched labels of another grid": (
+        lambda: None, ("--match-labels", "regions.nii.gz", "regions.nii.gz"), ("regions.nii.gz: is on another grid than f.nii.gz",)
+    ),
     "refined nothing": (lambda: None, ("--refine", "5"), ("--refine 5", "--model")),
     "out is a file": (lambda: Path("out").write_text("x"), (), ("out: is a file, not a folder",)),
 }  # fmt: skip

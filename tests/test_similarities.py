@@ -41,12 +41,14 @@ BUILDERS: dict[str, Callable[[int], Similarity]] = {
     "labels": lambda d: LabelAgreement(3, tempering=0.7),
     "confusion": lambda d: LabelAgreement(3, confusion=CONFUSION),
     "landmarks": lambda d: Landmarks(2.0),
+    "landmarks of unknown accuracy": lambda d: Landmarks(2.0, certainty=3.0, tempering=0.7),
 }
 SITES = {
     "gaussian": {"noise"},
     "student": {"noise"},
     "mixture": {"class_means", "class_variances"},
     "labels": {"error"},
+    "landmarks of unknown accuracy": {"landmark_scale"},
 }
 
 every_similarity = pytest.mark.parametrize("name", BUILDERS)
@@ -66,7 +68,7 @@ def pair(name: str, d: int = 3, holes: bool = True, shape: Sequence[int] = (5, 4
         if holes:
             moved[:, 0, 1], fixed[:, 1, 2] = torch.nan, torch.nan
         return moved, fixed
-    if name == "landmarks":
+    if name.startswith("landmarks"):
         moved, fixed = 9 * torch.randn(7, d), 9 * torch.randn(7, d)
     else:
         moved = torch.rand(2, *space)
@@ -80,7 +82,7 @@ def draw_latents(similarity: Similarity, moved: Tensor) -> dict[str, Tensor]:
     """Of the prior, but not so wide that values are lost to rounding."""
     trace = poutine.trace(similarity).get_trace(moved)
     latents = {site: trace.nodes[site]["value"] for site in trace.stochastic_nodes}
-    bounds = {"noise": (0.01, 1.0), "class_variances": (0.01, 1.0), "class_means": (-1.0, 2.0), "error": (0.01, 0.5)}
+    bounds = {"noise": (0.01, 1.0), "class_variances": (0.01, 1.0), "class_means": (-1.0, 2.0), "error": (0.01, 0.5), "landmark_scale": (0.1, 10.0)}
     return {site: value.clamp(*bounds[site]) for site, value in latents.items()}
 
 
@@ -133,7 +135,7 @@ def test_missing_values_are_as_if_cropped(name: str, d: int, side: str) -> None:
     similarity = BUILDERS[name](d)
     moved, fixed = pair(name, d, holes=False)
     latents = draw_latents(similarity, moved)
-    axis = 0 if name == "landmarks" else 1
+    axis = 0 if name.startswith("landmarks") else 1
     keep = moved.shape[axis] - 2
     small = similarity.newton(moved.narrow(axis, 0, keep), fixed.narrow(axis, 0, keep), latents)
     expected = log_density(similarity, moved.narrow(axis, 0, keep), fixed.narrow(axis, 0, keep), latents)
@@ -327,6 +329,7 @@ def test_the_wrong_number_of_channels_is_refused(name: str) -> None:
         lambda: LabelAgreement(2, confusion=CONFUSION),
         lambda: LabelAgreement(3, confusion=2 * CONFUSION),
         lambda: Landmarks(0.0),
+        lambda: Landmarks(1.0, certainty=0.0),
         lambda: Landmarks().distribution(torch.zeros(3), {}),
     ],
 )
@@ -700,3 +703,17 @@ def test_landmarks_are_gaussian_points_each_with_its_accuracy() -> None:
     seen = [0, 1, 3, 4]
     torch.testing.assert_close(gradient[seen], (fixed - moved)[seen] / sd[seen, None] ** 2)
     torch.testing.assert_close(curvature[seen], (sd[seen, None] ** -2).expand(4, 3))
+
+
+def test_the_accuracy_of_landmarks_is_at_its_mode() -> None:
+    """The scale that ``update`` gives is where the log joint's derivative vanishes; what was not found does not count."""
+    moved, fixed = 9 * torch.randn(6, 3), 9 * torch.randn(6, 3)
+    fixed[1] = torch.nan
+    similarity = Landmarks(2.0, certainty=4.0, tempering=0.5)
+    (scale,) = similarity.update(moved, fixed, {}).values()
+    assert scale.item() == pytest.approx((0.5 * float(((fixed - moved)[[0, 2, 3, 4, 5]] / 2).square().sum()) + 4) / (0.5 * 15 + 4 + 2))
+    free = {"landmark_scale": scale.clone().requires_grad_()}
+    value = 0.5 * similarity.distribution(moved, free).log_prob(fixed) + similarity.log_prior(moved, free)
+    (slope,) = torch.autograd.grad(value, free["landmark_scale"])
+    assert slope.abs() < 1e-9
+    assert similarity.start(moved, fixed)["landmark_scale"] == scale

@@ -810,12 +810,12 @@ COMMAND_FAULTS: dict[str, Fault] = {
         "--points p.csv -t a3.mat -o o.csv",
         ("column z, row 1",),
     ),
-    "points in no table": (lambda: table(""), "--points p.csv -t a3.mat -o o.csv", ("p.csv: is no table",)),
+    "points in no table": (lambda: table(""), "--points p.csv -t a3.mat -o o.csv", ("p.csv: has no rows below a row of names",)),
     "points in an image": (nothing, "--points image.nii.gz -t a3.mat -o o.csv", ("no table by its suffix",)),
     "ragged points": (
         lambda: table("x,y,z\n1,2,3,4\n"),
         "--points p.csv -t a3.mat -o o.csv",
-        ("rows that are longer",),
+        ("has 4 entries in row 1, and 3 names",),
     ),
     "points that fold": (
         folding_points,

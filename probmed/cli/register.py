@@ -22,14 +22,14 @@ from probmed.cli.options import (
     command_line,
     load_amortisation,
     make_folder,
-    remove_if_empty,
 )
 from probmed.report import registration_page
 from probmed.volumes import UnusableInput, Volume, bids_stem, read_scan
 from probmed.workflows import registration
+from probmed.workflows.correspondences import read_label_pair, read_landmarks
 from probmed.workflows.propagation import Propagation, called, propagate, read_mask, read_moving_labels, table_beside
 from probmed.workflows.provenance import Provenance
-from probmed.workflows.registration import RegistrationResult, RegistrationSettings
+from probmed.workflows.registration import PointPairs, RegistrationResult, RegistrationSettings
 from probmed.workflows.registration_outputs import check_registration_outputs, registration_names, write_registration
 
 
@@ -44,13 +44,15 @@ class SimilarityName(str, Enum):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What was read of a request: the pair, labels of the moving image with their names, where the fixed one counts."""
+    """What was read of a request: the pair, labels of the moving image with their names, where the fixed one counts, what is known to correspond."""
 
     moving: Volume
     fixed: Volume
     labels: Volume | None
     names: dict[int, str]
     mask: Tensor | None
+    landmarks: PointPairs | None
+    matched: tuple[Tensor, Tensor] | None
     amortised: Callable[..., Any] | None
 
 
@@ -90,6 +92,23 @@ def register(
     mask: Annotated[
         Path | None, typer.Option(help="Mask of the fixed image: match the images only where it is not 0.", show_default=False)
     ] = None,
+    landmarks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TABLE",
+            help="Points that correspond: a .tsv or .csv with columns fixed_x, fixed_y, fixed_z, moving_x, moving_y, moving_z, mm, RAS.",
+            show_default=False,
+        ),
+    ] = None,
+    landmark_sd: Annotated[float, typer.Option(metavar="MM", help="How accurately landmarks are placed, on each axis.")] = 1.0,
+    match_labels: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="MOVING FIXED",
+            help="Label maps of both images, of one scheme, that are to agree: a second likelihood beside the images'.",
+            show_default=False,
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option(min=0, max=10_000, help="Of the deformation's posterior, behind the sd and the volumes' intervals.")] = 20,
     save_draws: Annotated[int, typer.Option(min=0, max=999, help="How many of the draws to write as warps.")] = 0,
     model: Annotated[
@@ -114,28 +133,40 @@ def register(
 
         probmed register sub-01_T1w.nii.gz sub-02_T1w.nii.gz --labels sub-01_dseg.nii.gz -o out
 
+        probmed register sub-01_T1w.nii.gz sub-02_T1w.nii.gz --landmarks points.tsv --landmark-sd 1.5 -o out
+
         probmed register sub-01_T2w.nii.gz sub-01_T1w.nii.gz --similarity mixture --affine 6 --no-deformation -o out
     """
-    made: list[Path] = []
     stem = bids_stem(moving)
     beside = None if labels is None or not table_beside(labels).exists() else table_beside(labels)
     weights = None if model is None else model / "network.safetensors"
-    paths = tuple(path for path in (moving, fixed, labels, beside, mask, weights) if path is not None)
+    paths = tuple(path for path in (moving, fixed, labels, beside, mask, landmarks, *(match_labels or ()), weights) if path is not None)
     texts = [str(path) for path in paths]
-    try:
+    with progress.in_one_line(str(moving), debug) as made:
         check_device(device)
         settings = RegistrationSettings(
-            similarity=similarity.value, affine=_parameters(affine), deformable=not no_deformation, symmetric=symmetric, apart=apart
+            similarity=similarity.value,
+            affine=_parameters(affine),
+            deformable=not no_deformation,
+            landmark_sd_mm=landmark_sd,
+            symmetric=symmetric,
+            apart=apart,
         )
+        if not landmark_sd > 0:
+            raise UnusableInput(f"--landmark-sd {landmark_sd:g}", "is no positive number", "give millimetres")
+        for option, given in (("--landmarks", landmarks), ("--match-labels", match_labels)):
+            if given is not None and (no_deformation or model is not None):
+                other = "--no-deformation" if no_deformation else "--model"
+                raise UnusableInput(option, f"is for the deformation's fit, which {other} leaves out", f"leave out {option} or {other}")
         if no_deformation and model is None:
             draws = 0
         if save_draws > draws:
             raise UnusableInput(f"--save-draws {save_draws}", f"is more than the {draws} draws", "raise --draws")
         if refine and model is None:
             raise UnusableInput(f"--refine {refine}", "is for a network's answer", "give its folder with --model")
-        made = make_folder(out)
+        made += make_folder(out)
         with progress.collected_warnings(texts) as lines, progress.progress_bar(stem, quiet) as tell:
-            inputs = _read(moving, fixed, labels, mask, model)
+            inputs = _read(moving, fixed, labels, mask, landmarks, match_labels, model)
             names = () if inputs.labels is None else called(inputs.labels, inputs.names)
             planned = registration_names(stem, names, draws, save_draws, inputs.labels is not None)
             check_registration_outputs(out, planned, stem, paths)
@@ -148,6 +179,8 @@ def register(
                 device=device.value,
                 settings=settings,
                 mask=inputs.mask,
+                landmarks=inputs.landmarks,
+                labels=inputs.matched,
                 amortised=None if answer is None else lambda m, f, n: answer(m, f, draws=n, refine=refine, seed=seed),
                 progress=lambda stage, share: tell(stage, 0.8 * share),
             )
@@ -159,18 +192,21 @@ def register(
             write_registration(
                 result, out, stem, provenance, page, propagation=propagation, samples=save_draws, protect=paths
             )
-    except Exception as error:
-        progress.say(progress.failure_line(error, str(moving), debug))
-        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
-    finally:
-        remove_if_empty(made)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")
         typer.echo(_summary(result, propagation, stem, out))
 
 
-def _read(moving: Path, fixed: Path, labels: Path | None, mask: Path | None, model: Path | None) -> _Inputs:
+def _read(
+    moving: Path,
+    fixed: Path,
+    labels: Path | None,
+    mask: Path | None,
+    landmarks: Path | None,
+    match_labels: tuple[Path, Path] | None,
+    model: Path | None,
+) -> _Inputs:
     """Read all inputs, and refuse what cannot be used before any work."""
     m, f = read_scan(moving), read_scan(fixed)
     carried, names = (None, {}) if labels is None else read_moving_labels(labels, m)
@@ -185,7 +221,9 @@ def _read(moving: Path, fixed: Path, labels: Path | None, mask: Path | None, mod
         def amortised(*pair: Volume, **options: Any) -> Any:
             return amortisation.answer(trained, *pair, **options)
 
-    return _Inputs(m, f, carried, names, inside, amortised)
+    points = None if landmarks is None else read_landmarks(landmarks, m, f)
+    matched = None if match_labels is None else read_label_pair(match_labels, m, f)
+    return _Inputs(m, f, carried, names, inside, points, matched, amortised)
 
 
 def _parameters(text: str | None) -> int | None:
@@ -203,6 +241,8 @@ def _summary(result: RegistrationResult, propagation: Propagation | None, stem: 
     parts = [f"correlation {before} → {after}", f"{100 * result.folding:.2g} % folded"]
     if result.settings.similarity == "mixture":
         parts[0] = f"mutual information {result.information[0]:.3f} → {result.information[2]:.3f} nats"
+    if result.landmark_error is not None:
+        parts.append(f"landmarks {result.landmark_error[0]:.2f} → {result.landmark_error[2]:.2f} mm apart")
     if propagation is not None:
         for row in propagation.volumes.head(4).to_dict("records"):
             interval = f" ({row['q025']:.3g}–{row['q975']:.3g})" if row["q025"] == row["q025"] else ""

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import pandas as pd
 import torch
 import typer
 from torch import Tensor
 
 from probmed.cli import progress
-from probmed.cli.options import DebugOption, QuietOption, make_folder, remove_if_empty
+from probmed.cli.options import DebugOption, QuietOption, make_folder
 from probmed.grids import Grid, sample
+from probmed.tables import read_table
+from probmed.tables.files import SEPARATORS
+from probmed.tables.points import AXES, coordinates
 from probmed.transforms import Transform
 from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, write_labels, write_scan
-from probmed.volumes.files import image_suffix, read_bytes
+from probmed.volumes.files import image_suffix
 from probmed.volumes.formats import decode, spatial_shape
 from probmed.warps import TransformFile, inverse_at, read_transforms, write_warp
 
 _SLAB = 1 << 20  # voxels moved at once
-_AXES = ("x", "y", "z")
-_SEPARATORS = {".tsv": "\t", ".csv": ","}
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ def warp(
 
         probmed warp --points landmarks.tsv -t warp.nii.gz -t affine.mat -o moved.tsv
     """
-    made: list[Path] = []
-    try:
+    with progress.in_one_line(f"{image or points or out}", debug) as made:
         if (image is not None) + (points is not None) + compose != 1:
             raise UnusableInput(
                 "probmed warp", "carries one thing at a time", "give one of IMAGE, --points and --compose"
@@ -124,24 +122,19 @@ def warp(
         request = _Request(files, invert, labels, out, inputs)
         with progress.collected_warnings([str(path) for path in inputs]) as lines:
             if points is not None:
-                _check_out(request, tuple(_SEPARATORS))
-                made = make_folder(out.parent)
+                _check_out(request, tuple(SEPARATORS))
+                made += make_folder(out.parent)
                 said = _move_points(request, points)
             elif reference is None:
                 raise UnusableInput("--reference", "is missing", "name the image whose voxels the output has with -r")
             elif image is None:
                 _check_out(request, (".nii.gz", ".nii"))
-                made = make_folder(out.parent)
+                made += make_folder(out.parent)
                 said = _compose(request, reference)
             else:
                 _check_out(request, (".nii.gz", ".nii", ".mgz", ".mgh"))
-                made = make_folder(out.parent)
+                made += make_folder(out.parent)
                 said = _move_image(request, image, reference)
-    except Exception as error:
-        progress.say(progress.failure_line(error, f"{image or points or out}", debug))
-        raise typer.Exit(2 if isinstance(error, UnusableInput) else 1) from error
-    finally:
-        remove_if_empty(made)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")
@@ -217,15 +210,15 @@ def _compose(request: _Request, reference_path: Path) -> str:
 
 def _move_points(request: _Request, path: Path) -> str:
     """Write the table with its points moved; give what was done."""
-    table = _read_table(path)
+    table = read_table(path)
     transform = read_transforms(request.transforms)
-    names = list(_AXES[: transform.ndim])
+    names = list(AXES[: transform.ndim])
     missing = [name for name in names if name not in table.columns]
     if missing or (transform.ndim == 2 and "z" in table.columns):
         wrong = f"has no column {missing[0]}" if missing else "has a column z"
         fault = f"{wrong}, and {request.transforms[0].path} is {_of(transform.ndim)}"
         raise UnusableInput(path, fault, f"give columns {', '.join(names)} in mm, RAS")
-    given = _numbers(path, table[names])
+    given = coordinates(path, table, names)
     try:
         moved = transform(given) if request.invert else inverse_at(transform, given)
     except ValueError as error:
@@ -233,40 +226,10 @@ def _move_points(request: _Request, path: Path) -> str:
         raise UnusableInput(path, f"cannot be carried ({error})", remedy) from error
     for column, values in zip(names, moved.T.tolist(), strict=True):
         table[column] = [f"{value:.6f}" for value in values]
-    separator = _SEPARATORS[request.out.suffix.lower()]
+    separator = SEPARATORS[request.out.suffix.lower()]
     with atomic_write(request.out, request.inputs) as temporary:
-        temporary.write_text(table.to_csv(sep=separator, index=False, lineterminator="\n"), encoding="utf-8")
+        temporary.write_text(table.to_csv(sep=separator, index=False, na_rep="n/a", lineterminator="\n"), encoding="utf-8")
     return f"{path}: {len(table)} points"
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    """A table as text, ``.tsv`` or ``.csv``."""
-    if path.suffix.lower() not in _SEPARATORS:
-        raise UnusableInput(path, "is no table by its suffix", "give a .tsv or .csv file")
-    remedy = "give a .tsv or .csv file in UTF-8 with a row of names"
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-        separator = _SEPARATORS[path.suffix.lower()]
-        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
-    except UnusableInput:
-        raise
-    except ValueError as error:  # pandas's errors and those of the encoding are of this kind
-        raise UnusableInput(path, f"is no table ({error})", remedy) from error
-    if not isinstance(table.index, pd.RangeIndex):
-        raise UnusableInput(path, "has rows that are longer than its row of names", remedy)
-    return table
-
-
-def _numbers(path: Path, table: pd.DataFrame) -> Tensor:
-    """Columns of text as points ``(N, d)`` float64."""
-    values = table.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
-    wrong = ~np.isfinite(values)
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        text = str(table.iloc[row, column])[:40]
-        fault = f"has no number in column {table.columns[column]}, row {row + 1}: {text!r}"
-        raise UnusableInput(path, fault, "correct or remove the row")
-    return torch.from_numpy(values)
 
 
 def _read_place(path: Path) -> Volume:

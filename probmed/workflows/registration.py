@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from probmed.fields import along_axes
 from probmed.grids import Grid, averaged, interpolation_matrices, sample
 from probmed.inference.affine import align_images, mutual_information
 from probmed.inference.amortised import Refinement
 from probmed.inference.gauss_newton import FieldMode, Iteration, ascend_field, field_draws
-from probmed.models.registration import Linearisation, linearise, linearise_both_ways
+from probmed.models.registration import HalfFlow, ImageTerm, LandmarkTerm, Linearised, Term, linearise_both_ways, linearise_terms
 from probmed.priors import SmoothVelocity
-from probmed.similarities import ConditionalMixture, GaussianNoise, LocalCorrelation, Similarity, StudentNoise
+from probmed.similarities import ConditionalMixture, GaussianNoise, LabelAgreement, Landmarks, LocalCorrelation, Similarity, StudentNoise
 from probmed.transforms import Affine, Composition, Displacement, Transform, Velocity, determinant, physical_gradient, warp
 from probmed.volumes import UnusableInput, Volume, read_scan, scaled
+from probmed.workflows.segmentation import tempering_of
 from probmed.workflows.stages import Clock, pick_device
 
 EQUATION = "p(f, v, θ) = p(v) p(θ) p(f | m ∘ A ∘ exp(v), θ)"
@@ -44,7 +46,8 @@ class RegistrationSettings:
         finest_mm: spacing of the finest level; None for the fixed image's smallest, or what leaves at most ``_LARGEST`` voxels.
         sd_mm, length_mm, alpha: of the velocity's prior; None: ``prior_scales``.
         radius: of the correlation's windows, voxels of each level. noise: τ of the correlation's windows.
-        tempering: factor on the likelihood; None is the similarity's own.
+        tempering: factor on the likelihood; None is the correlation's own, and of the others the share of independent voxels (``independent_share``).
+        landmark_sd_mm: the accuracy of landmarks, where there are some.
         iterations: at most, on each level; None for few, or for many where draws are asked for, which are no better than the mode they surround.
         tolerance: nats per voxel.
         symmetric: whether both images explain each other, at twice the cost, so that neither is the reference.
@@ -62,6 +65,7 @@ class RegistrationSettings:
     radius: int = 2
     noise: float = 0.06
     tempering: float | None = None
+    landmark_sd_mm: float = 1.0
     iterations: tuple[int, ...] | None = None
     tolerance: float = 1e-5
     symmetric: bool = False
@@ -70,9 +74,22 @@ class RegistrationSettings:
 
 _FEW_ITERATIONS, MANY_ITERATIONS = (30, 20, 10, 6), (100, 60, 40, 40)
 _LARGEST = 2_000_000  # voxels of the finest level
+_ROUNDS, _STEADY = 4, 0.2  # of tempering and mode, at most; where its logarithm changes less, it holds
 _TOLERANCE = 0.05  # of a draw: standard deviations come out one to three per cent too small, in half the time
 _SMALL = 300_000  # voxels of the fixed image
 _SMALLEST_SIDE = 8  # voxels of the coarsest
+
+
+@dataclass(frozen=True)
+class PointPairs:
+    """Landmarks in the fixed image's world and in the moving one's, mm, ``(N, d)`` float64 each; NaN where one was not found in the moving image."""
+
+    fixed: Tensor
+    moving: Tensor
+
+    def error(self, transform: Transform) -> float:
+        """Mean distance of φ(x) to y, mm."""
+        return float((transform(self.fixed) - self.moving).norm(dim=-1).nanmean())
 
 
 @dataclass
@@ -87,7 +104,9 @@ class RegistrationResult:
         draws: transforms from the posterior.
         correlation: of the two images where they overlap: by their headers, after the affine map, after all.
         information: their mutual information there, nats, which also means something between contrasts.
+        landmark_error: mean distance of landmarks at the same stages, mm, where there are some.
         log_joint: of the finest level's data and velocity, tempered, nats; None where no velocity was fitted.
+        tempering: of the finest level's image; None where no velocity was fitted.
         levels: spacing and iterations of each; converged: of the finest.
         refinement: ELBOs of a network's answer before and after it was refined.
     """
@@ -105,7 +124,9 @@ class RegistrationResult:
     draws: list[Transform]
     correlation: tuple[float, float, float]
     information: tuple[float, float, float]
+    landmark_error: tuple[float, float, float] | None
     log_joint: float | None
+    tempering: float | None
     levels: list[tuple[float, list[Iteration]]]
     converged: bool
     settings: RegistrationSettings
@@ -140,6 +161,8 @@ def register(
     device: str = "auto",
     settings: RegistrationSettings | None = None,
     mask: Tensor | None = None,
+    landmarks: PointPairs | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
     amortised: Callable[[Volume, Volume, int], Answer] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> RegistrationResult:
@@ -151,6 +174,8 @@ def register(
         seed: same seed, same result on the same machine.
         device: "auto", "cpu" or "cuda".
         mask: ``(*fixed.shape)`` bool, the part of the fixed image that is to be matched; all of it by default.
+        landmarks: points that correspond.
+        labels: segmentations of the moving and the fixed image that are to agree, ``(*shape)`` int64 each, of one scheme.
         amortised: a network's answer for moving and fixed volumes and a number of draws (``amortisation.answer``), in place of affine map and mode.
         progress: called with a stage's name and the share of the work done, in [0, 1].
 
@@ -168,8 +193,9 @@ def register(
 
     tell("affine", 0.02)
     a, b = (scaled(volume.data.to(where)) for volume in (m, f))
-    if mask is not None:
-        b = b.masked_fill(~mask.to(where), math.nan)
+    inside = None if mask is None else mask.to(where)
+    if inside is not None:
+        b = b.masked_fill(~inside, math.nan)
     answer = None if amortised is None else amortised(m, f, draws)
     if answer is not None:
         affine = answer.affine
@@ -179,7 +205,8 @@ def register(
         affine = Affine(align_images(b.cpu(), f.grid, a.cpu(), m.grid, settings.affine, seed=seed).matrix)
     clock.lap("affine" if answer is None else "network")
 
-    pair = Pair(b, f.grid, a, m.grid, affine)
+    matched = None if labels is None else LabelPair.of(labels[0].to(where), labels[1].to(where), inside)
+    pair = Pair(b, f.grid, a, m.grid, affine, landmarks, matched)
     velocity, mode = None if answer is None else Velocity(answer.velocity.grid, answer.velocity.field.to(where)), None
     levels: list[tuple[float, list[Iteration]]] = []
     if settings.deformable and answer is None:
@@ -221,7 +248,9 @@ def register(
         draws=[affine @ _on_cpu(sample) for sample in samples],
         correlation=tuple(correlation(image, coarse) for image in there),  # type: ignore[arg-type]
         information=tuple(information(image, coarse) for image in there),  # type: ignore[arg-type]
+        landmark_error=None if landmarks is None else tuple(landmarks.error(t) for t in (*stages[:2], here)),  # type: ignore[arg-type]
         log_joint=None if mode is None else mode.log_joint,
+        tempering=None if mode is None else mode.tempering,
         levels=levels,
         converged=mode is None or mode.mode.converged,
         settings=settings,
@@ -235,31 +264,134 @@ def register(
 
 
 @dataclass(frozen=True)
+class LabelPair:
+    """Segmentations of both images, as zeros and ones ``(K, *shape)``, background first; NaN where nothing is known."""
+
+    moving: Tensor
+    fixed: Tensor
+
+    @classmethod
+    def of(cls, moving: Tensor, fixed: Tensor, mask: Tensor | None = None) -> LabelPair:
+        """Of label maps ``(*shape)``: a channel for 0, and one for each other label of either.
+
+        Arguments:
+            mask: where the fixed one counts, bool.
+        """
+        codes = torch.cat([moving.new_zeros(1), moving.unique(), fixed.unique()]).unique()
+        m, f = (torch.stack([(each == code).float() for code in codes]) for each in (moving, fixed))
+        return cls(m, f if mask is None else f.masked_fill(~mask, math.nan))
+
+
+@dataclass(frozen=True)
 class Pair:
-    """Two scaled images, ``(*shape)`` each, with their grids, and the affine map from the fixed world to the moving one."""
+    """Two scaled images, ``(*shape)`` each, with their grids, the affine map from the fixed world to the moving one, and what else is known."""
 
     fixed: Tensor
     grid: Grid
     moving: Tensor
     moving_grid: Grid
     affine: Affine
+    landmarks: PointPairs | None = None
+    labels: LabelPair | None = None
 
     def at(self, spacing_mm: float) -> tuple[Tensor, Tensor, Grid]:
         """Both ``(1, *shape)`` on the fixed image's grid at a spacing, averaged to it before; NaN where nothing is known."""
         fixed, grid = averaged(self.fixed, self.grid, spacing_mm)
-        moving, moving_grid = averaged(self.moving, self.moving_grid, spacing_mm)
-        return fixed[None], warp(moving[None], moving_grid, self.affine, grid, fill=math.nan), grid
+        return fixed[None], self._brought(self.moving[None], spacing_mm, grid), grid
+
+    def labels_at(self, spacing_mm: float) -> LabelPair | None:
+        """Each label's share of a voxel, likewise."""
+        if self.labels is None:
+            return None
+        fixed, grids = zip(*(averaged(channel, self.grid, spacing_mm) for channel in self.labels.fixed), strict=True)
+        return LabelPair(self._brought(self.labels.moving, spacing_mm, grids[0]), torch.stack(fixed))
+
+    def _brought(self, channels: Tensor, spacing_mm: float, grid: Grid) -> Tensor:
+        """Of the moving image, ``(C, *moving_grid.shape)``."""
+        coarse, grids = zip(*(averaged(channel, self.moving_grid, spacing_mm) for channel in channels), strict=True)
+        return warp(torch.stack(coarse), grids[0], self.affine, grid, fill=math.nan)
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What the velocity is fitted to on one level.
+
+    Arguments:
+        image, others: the terms of the fixed image given the moving one.
+        back: all of them the other way round, where neither image is the reference; else none.
+    """
+
+    image: ImageTerm
+    others: list[Term]
+    back: list[Term]
+
+    @classmethod
+    def of(cls, pair: Pair, settings: RegistrationSettings, spacing_mm: float, coarser: Observations | None = None) -> Observations:
+        """At a spacing, tempered as at the one before where the data say by how much."""
+        fixed, moving, grid = pair.at(spacing_mm)
+        similarity = build_similarity(settings, fixed, moving, grid.ndim)
+        others: list[Term] = []
+        back: list[Term] = [ImageTerm(similarity, fixed, moving, grid)]
+        labels = pair.labels_at(spacing_mm)
+        if labels is not None:
+            agreement = LabelAgreement(len(labels.fixed))
+            others.append(ImageTerm(agreement, labels.moving, decided(labels.fixed), grid))
+            back.append(ImageTerm(agreement, labels.fixed, decided(labels.moving), grid))
+        if pair.landmarks is not None:
+            accuracy = Landmarks(settings.landmark_sd_mm)
+            x, y = (points.to(fixed) for points in (pair.landmarks.fixed, pair.landmarks.moving))
+            others.append(LandmarkTerm(accuracy, x, y, pair.affine))
+            back.append(LandmarkTerm(accuracy, pair.affine.inverse()(y), x, Affine.identity(grid.ndim)))
+        made = cls(ImageTerm(similarity, moving, fixed, grid), others, back if settings.symmetric else [])
+        if coarser is not None:
+            for term, before in zip(made.untempered(settings), coarser.untempered(settings), strict=True):
+                term.similarity.tempering = before.similarity.tempering
+        return made
+
+    def near(self, latents: dict[str, Tensor], lattice: Grid, velocity: Tensor) -> Linearised:
+        """The log likelihood near a velocity, from the latents that the last call found."""
+        there = [self.image, *self.others]
+        found = linearise_both_ways(there, self.back, lattice, velocity, latents) if self.back else linearise_terms(there, lattice, velocity, latents)
+        latents.update(found.latents)
+        return found
+
+    def untempered(self, settings: RegistrationSettings) -> list[ImageTerm]:
+        """Those whose tempering neither the settings nor the likelihood itself gives."""
+        labels = [term for term in self.others if isinstance(term, ImageTerm)]
+        given = settings.tempering is not None or settings.similarity == "correlation"
+        return labels if given else [self.image, *labels]
+
+
+def decided(shares: Tensor) -> Tensor:
+    """Zeros and a one where the share is largest, ``(K, *shape)``, NaN where unknown."""
+    unknown = shares.isnan().any(0)
+    chosen = functional.one_hot(shares.nan_to_num(0.0).argmax(0), len(shares)).movedim(-1, 0)
+    return chosen.to(shares).masked_fill(unknown, math.nan)
+
+
+def independent_share(term: ImageTerm, flow: HalfFlow) -> float:
+    """How many independent voxels one is worth: ``tempering_of`` the likelihood's derivative in m∘φ, whose correlation between neighbours is what
+    counts them several times. Of Gaussian noise that is the residual's; a mean over channels.
+
+    References: Simpson et al., NeuroImage 2012 (virtual decimation in registration).
+    """
+    moved = term.carried(term.moving, flow.whole)
+    near = term.similarity.start(moved, term.fixed)
+    score, _ = term.similarity.newton(moved, term.fixed, near)
+    missing = moved.isnan() | term.fixed.isnan()
+    return sum(tempering_of(channel) for channel in score.masked_fill(missing, math.nan)) / len(score)
 
 
 @dataclass(frozen=True)
 class Level:
-    """The mode on one level of the pyramid; lattice: of the velocity."""
+    """The mode on one level of the pyramid; lattice: of the velocity; tempering: of the image."""
 
     spacing_mm: float
     grid: Grid
     lattice: Grid
     prior: SmoothVelocity
     mode: FieldMode
+    tempering: float
 
     @property
     def log_joint(self) -> float:
@@ -282,21 +414,37 @@ def climb(pair: Pair, settings: RegistrationSettings, tell: Callable[[float], No
     usual = prior_scales(pair.grid)
     sd, length = settings.sd_mm or usual[0], settings.length_mm or usual[1]
     field: Tensor | None = None
+    seen: Observations | None = None
     lattice = pair.grid
     for number, k in enumerate(levels):
-        fixed, moving, grid = pair.at(k * base)
+        seen = Observations.of(pair, settings, k * base, seen)
+        grid = seen.image.grid
         # The finest image moves a velocity of twice its spacing: smoothness leaves nothing between its nodes, and the flow costs an eighth.
         finer = lattice if field is not None and k == levels[-1] and number else grid
-        prior = SmoothVelocity(finer, sd, length, settings.alpha).to(fixed)
-        start = fixed.new_zeros(d, *finer.shape) if field is None else along_axes(field, interpolation_matrices(lattice, finer, field))
+        prior = SmoothVelocity(finer, sd, length, settings.alpha).to(pair.fixed)
+        start = pair.fixed.new_zeros(d, *finer.shape) if field is None else along_axes(field, interpolation_matrices(lattice, finer, field))
         lattice = finer
-        similarity = build_similarity(settings, fixed, moving, d)
-        near = partial(_near, linearise_both_ways if settings.symmetric else linearise, similarity, {}, lattice, moving, fixed, grid)
         count = (settings.iterations or _FEW_ITERATIONS)[settings.levels.index(k)]
-        mode = ascend_field(near, prior.prior(), start, count, settings.tolerance)
+        ascend = partial(ascend_field, partial(seen.near, {}, lattice), prior.prior(), iterations=count, tolerance=settings.tolerance)
+        mode = _tempered_mode(ascend, seen.untempered(settings), lattice, start)
         field = mode.field
         tell((number + 1) / len(levels))
-        yield Level(k * base, grid, lattice, prior, mode)
+        yield Level(k * base, grid, lattice, prior, mode, seen.image.similarity.tempering)
+
+
+def _tempered_mode(ascend: Callable[[Tensor], FieldMode], terms: Sequence[ImageTerm], lattice: Grid, start: Tensor) -> FieldMode:
+    """The mode, with each term tempered by its share of independent voxels there. One is found given the other, in turn, the mode first: where
+    images do not match yet, residuals are smoother than their noise, and a share that is too small would keep them so."""
+    mode = ascend(start)
+    for _ in range(_ROUNDS if terms else 0):
+        shares = [independent_share(term, HalfFlow(lattice, mode.field)) for term in terms]
+        if all(abs(math.log(share / term.similarity.tempering)) < _STEADY for share, term in zip(shares, terms, strict=True)):
+            break
+        for share, term in zip(shares, terms, strict=True):
+            term.similarity.tempering = share
+        before, mode = mode.iterations, ascend(mode.field)
+        mode.iterations = before + [replace(later, number=len(before) + later.number) for later in mode.iterations]
+    return mode
 
 
 def prior_scales(grid: Grid) -> tuple[float, float]:
@@ -304,22 +452,6 @@ def prior_scales(grid: Grid) -> tuple[float, float]:
     α = 3 its draws do not fold, on any grid, which with α = 2 they do on fine ones."""
     shortest = min(n * h for n, h in zip(grid.shape, grid.spacing, strict=True))
     return min(2.0, shortest / 15), min(6.0, shortest / 6)
-
-
-def _near(
-    ways: Callable[..., Linearisation],
-    similarity: Similarity,
-    latents: dict[str, Tensor],
-    lattice: Grid,
-    moving: Tensor,
-    fixed: Tensor,
-    grid: Grid,
-    velocity: Tensor,
-) -> Linearisation:
-    """``linearise``, from the latents that the last call found."""
-    found = ways(similarity, lattice, velocity, moving, fixed, grid, latents)
-    latents.update(found.latents)
-    return found
 
 
 def build_similarity(settings: RegistrationSettings, fixed: Tensor, moving: Tensor, ndim: int) -> Similarity:
@@ -439,9 +571,14 @@ def check_pair(moving: Volume, fixed: Volume, settings: RegistrationSettings, pl
 def overlap(a: Grid, b: Grid) -> float:
     """Share of b's field of view that lies inside a's, by at most 32 points an axis."""
     coarse = b.subsampled([-(-n // 32) for n in b.shape])
-    voxels = a.world_to_voxel(coarse.coordinates(torch.float64))
-    top = torch.tensor(a.shape, dtype=torch.float64) - 0.5
-    return float(((voxels >= -0.5) & (voxels <= top)).all(-1).double().mean())
+    return float(holds(a, coarse.coordinates(torch.float64)).double().mean())
+
+
+def holds(grid: Grid, points: Tensor) -> Tensor:
+    """Whether points ``(*size, d)`` mm lie in the field of view, ``(*size,)`` bool."""
+    voxels = grid.world_to_voxel(points)
+    top = torch.tensor(grid.shape, dtype=points.dtype) - 0.5
+    return ((voxels >= -0.5) & (voxels <= top)).all(-1)
 
 
 def _middle(grid: Grid) -> Tensor:

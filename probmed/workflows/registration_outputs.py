@@ -10,7 +10,7 @@ Of ``a.nii.gz`` registered to ``b.nii.gz``; what is an image, but for the warps,
 - ``a_desc-sd.nii.gz`` posterior standard deviation of the displacement, mm, where there are draws;
 - ``a_from-moving_to-fixed_mode-image_desc-draw001_xfm.nii.gz`` and so on: warps drawn from the posterior, where asked for;
 - with labels of the moving image: ``a_dseg.nii.gz`` and ``a_dseg.tsv``, ``a_label-X_probseg.nii.gz`` of each, ``a_volumes.tsv``;
-- ``a_registration.tsv`` similarity, folding, time, and ``a_report.html``;
+- ``a_registration.tsv`` similarity, landmarks' errors, folding, time, and ``a_report.html``;
 - a ``.json`` beside each image, transform and table.
 
 ``antsApplyTransforms -i a.nii.gz -r b.nii.gz -t a_from-moving_to-fixed_mode-image_xfm.nii.gz`` gives ``a_desc-moved.nii.gz``, and so does
@@ -57,7 +57,9 @@ _COLUMNS = {
     "similarity": "likelihood of the fixed image",
     **{f"correlation_{stage}": f"correlation of the two images where they overlap: {stage}" for stage in _STAGES},
     **{f"information_{stage}": f"mutual information there, nats: {stage}" for stage in _STAGES},
-    "log_joint": "of the fixed image and the velocity at the finest level, tempered, nats",
+    **{f"landmark_error_{stage}": f"mean distance of the given landmarks, mm: {stage}; elsewhere errors are larger" for stage in _STAGES},
+    "log_joint": "of all that was observed and the velocity at the finest level, tempered, nats",
+    "tempering": "factor on the finest level's log likelihood of the image, for voxels that are not independent",
     "elbo": "of a network's answer, nats, where it was refined",
     "converged": "whether the finest level did, 1 or 0",
     "folding": "share of voxels where det Dφ is not above 0",
@@ -156,7 +158,9 @@ def summary_table(result: RegistrationResult) -> pd.DataFrame:
         "similarity": result.settings.similarity,
         **{f"correlation_{stage}": value for stage, value in zip(_STAGES, result.correlation, strict=True)},
         **{f"information_{stage}": value for stage, value in zip(_STAGES, result.information, strict=True)},
+        **{f"landmark_error_{stage}": value for stage, value in zip(_STAGES, result.landmark_error or (None,) * 3, strict=True)},
         "log_joint": result.log_joint,
+        "tempering": None if result.tempering is None else f"{result.tempering:.6g}",
         "elbo": None if result.refinement is None else result.refinement.refined,
         "converged": int(result.converged),
         "folding": f"{result.folding:.6g}",
