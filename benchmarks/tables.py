@@ -18,8 +18,10 @@ import torch
 
 Row = dict[str, Any]
 
-PACKAGES = ("probmed", "torch", "pyro-ppl", "numpy", "scipy", "nibabel", "nilearn", "antspyx", "dipy", "SimpleITK", "voxelmorph", "neurite")
-PACKAGES += ("scikit-learn", "statsmodels", "glimix-core")
+PACKAGES = (
+    *("probmed", "torch", "pyro-ppl", "numpy", "scipy", "nibabel", "nilearn"),
+    *("antspyx", "dipy", "SimpleITK", "voxelmorph", "neurite", "scikit-learn", "statsmodels", "glimix-core"),
+)
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""The HTML pages of a segmented scan, of a registered pair and of a template."""
+"""The HTML pages of a segmented scan, of a registered pair, of a template and of rates of change."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -13,8 +13,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from probmed import __version__
-from probmed.report import figures, pair_figures, template_figures
+from probmed.report import figures, pair_figures, rate_figures, template_figures
 from probmed.report.panels import data_uri
+from probmed.workflows import rate_checks
+from probmed.workflows.longitudinal import EQUATION as RATE_EQUATION
+from probmed.workflows.longitudinal import RateResult
 from probmed.workflows.propagation import Propagation
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.registration import RegistrationResult
@@ -56,6 +59,15 @@ _TEMPLATE_SYMBOLS = (
     ("u_j", "how the shape changes with covariate j"),
     ("c_n", "covariates of scan n, standardised"),
 )
+_RATE_SYMBOLS = (
+    ("y_t", "the scalar at a visit, y_B at the first"),
+    ("Δx", "years since the first visit"),
+    ("β", "linear effects of covariates x on the rate"),
+    ("h_G, h_C, h_y", "rates that genes, clinic and phenotype explain, each N(0, τ K)"),
+    ("h_own", "a person's own rate, which nothing explains"),
+    ("ε", "measurement error"),
+)
+_PEOPLE_SHOWN = 8
 _SIMILARITIES = {
     "correlation": "local correlation",
     "gaussian": "Gaussian noise",
@@ -121,7 +133,7 @@ def segmentation_page(
         tempering=f"{result.tempering:.3f}",
         draws=len(result.volume_draws),
         equation=[_marked_up(line) for line in re.split(r",\s{2,}", result.equation)],
-        symbols=_SYMBOLS,
+        symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _SYMBOLS],
         provenance=provenance,
     )
 
@@ -168,7 +180,7 @@ def registration_page(result: RegistrationResult, provenance: Provenance, title:
         converged=result.converged,
         network=network,
         equation=[_marked_up(result.equation)],
-        symbols=_PAIR_SYMBOLS,
+        symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _PAIR_SYMBOLS],
         provenance=provenance,
     )
 
@@ -213,9 +225,71 @@ def template_page(result: TemplateResult, provenance: Provenance, title: str) ->
         rows=[[value if isinstance(value, str) else f"{value:.3g}" for value in row] for row in scans.itertuples(index=False)],
         levels=levels,
         equation=[_marked_up(TEMPLATE_EQUATION)],
-        symbols=_TEMPLATE_SYMBOLS,
+        symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _TEMPLATE_SYMBOLS],
         provenance=provenance,
     )
+
+
+def rates_page(
+    result: RateResult, components: pd.DataFrame, provenance: Provenance, title: str, tell: Callable[[float], None] = lambda share: None
+) -> str:
+    """The report of rates of change as HTML, with its images inside.
+
+    Arguments:
+        result: what was found.
+        components: ``result.component_table()``, which takes long.
+        provenance: how it was made.
+        title: the table's name.
+    """
+    found = rate_checks.held_out(result)
+    checks = rate_checks.ablation(result, tell)
+    coverage = [name for name in checks.columns if name.startswith("coverage_")]
+    shown = checks[["kernels", "task", "visits", "rmse", "log_density", "crps", *coverage]]
+    courses = rate_checks.courses(result, _PEOPLE_SHOWN)
+    kernels = components.dropna(subset=["share"])
+    return _TEMPLATES.get_template("rates.html").render(
+        title=title,
+        version=__version__,
+        summary=[
+            ("scalar", result.settings.scalar),
+            ("people", str(len(result.joined.subjects))),
+            ("follow-ups", str(len(result.fit.data.visits))),
+            ("years", f"{float(result.fit.data.visits.delta.median()):.3g} (median)"),
+        ],
+        unit=result.settings.scalar,
+        shares=_image(rate_figures.shares(kernels), "shares of the variance of rates"),
+        components=[_component_row(row) for row in components.to_dict("records")],
+        coefficients=[
+            (row["coefficient"], _figures(row["estimate"]), _figures(row["standard_error"]), _between(row, "low", "high"), _figures(row["p"], 2))
+            for row in result.coefficient_table().to_dict("records")
+        ],
+        predictions=_image(rate_figures.predictions(found), "predicted against observed change, and histograms of predictive probabilities"),
+        checks={
+            "columns": [re.sub(r"coverage_(\d+)", r"\1 % holds", name).replace("_", " ") for name in shown.columns],
+            "rows": [[_cell(name, value) for name, value in row.items()] for row in shown.to_dict("records")],
+        },
+        people=_image(rate_figures.single_people(courses, result.settings.scalar), "courses of single people") if courses else None,
+        equation=[_marked_up(RATE_EQUATION)],
+        symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _RATE_SYMBOLS],
+        provenance=provenance,
+    )
+
+
+def _cell(name: Any, value: Any) -> str:
+    return f"{100 * value:.0f} %" if str(name).startswith("coverage_") else value if isinstance(value, str) else _figures(value, 4)
+
+
+def _component_row(row: Mapping[Any, Any]) -> list[str]:
+    known = [_figures(row["variance"]), _figures(row["standard_error"], 2), _figures(row["share"], 2)]
+    return [row["component"], *known, _between(row, "share_low", "share_high", 2), _figures(row["statistic"]), _figures(row["p"], 2)]
+
+
+def _between(row: Mapping[Any, Any], low: str, high: str, digits: int = 3) -> str:
+    return "" if row[low] != row[low] else f"{row[low]:.{digits}g} – {row[high]:.{digits}g}"
+
+
+def _figures(value: float, digits: int = 3) -> str:
+    return "" if value != value else f"{value:.{digits}g}"
 
 
 def _pair_summary(result: RegistrationResult) -> list[tuple[str, str]]:
@@ -290,6 +364,6 @@ def _number(value: float) -> str:
 
 
 def _marked_up(equation: str) -> Markup:
-    """An equation in Unicode with ``_k`` as a lowered k."""
+    """An equation in Unicode with ``_k`` or ``_own`` lowered."""
     text = html.escape(equation.strip()).replace("ₓ", "_x")
-    return Markup(re.sub(r"_(\w)", r"<sub>\1</sub>", text))
+    return Markup(re.sub(r"_([A-Za-z]+|\w)", r"<sub>\1</sub>", text))
