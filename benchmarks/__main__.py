@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.tables import Log
 
-TABLES = ("tissue", "volumes", "fields", "pairs", "propagation", "deformation_uncertainty", "registration_sizes", "scalar_change")
+TABLES = ("tissue", "volumes", "fields", "pairs", "propagation", "deformation_uncertainty", "registration_sizes", "scalar_change", "scaling")
 
 
 def main(arguments: list[str] | None = None, folder: Path | None = None) -> int:

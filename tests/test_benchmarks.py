@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ pytest.importorskip("benchmarks")
 
 from benchmarks import __main__ as command
 from benchmarks import deformation_uncertainty as uncertainty
-from benchmarks import fields, networks, pairs, tissue, trainings, volumes
+from benchmarks import fields, networks, pairs, scaling, tissue, trainings, volumes
 from benchmarks.runs import Run, measure
 from benchmarks.tables import Log, Table, machine, mean_sd, versions, with_table
 
@@ -335,3 +337,30 @@ def test_a_published_network_draws_with_its_own_variance() -> None:
     torch.manual_seed(0)
     draws = q.sample((200,))
     torch.testing.assert_close(draws.std((0, 1, 3, 4, 5)), sd.float(), rtol=0.02, atol=0)
+
+
+DENSE, FEATURES = partial(scaling.rates, dense=True), partial(scaling.rates, dense=False)
+
+
+@pytest.mark.parametrize("prepare", [DENSE, FEATURES, scaling.all_visits, scaling.sums_of_visits])
+def test_a_likelihood_of_a_size_has_a_gradient(prepare: Callable[[int, torch.Generator], scaling.Measured], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "FEATURES", 6)
+    work, _ = prepare(9, torch.Generator().manual_seed(0))
+    gradients = work()
+    assert isinstance(gradients, tuple)
+    assert all(gradient.isfinite().all() and (gradient != 0).all() for gradient in gradients)
+
+
+def test_growth_is_for_ten_times_the_size() -> None:
+    common = {"method": scaling.OURS, "fastest": 1.0, "slowest": 2.0, "peak_gib": 1.0}
+    rows = [{"what": "x", "size": size, "seconds": seconds, **common} for size, seconds in ((100, 1.0), (1000, 10.0), (5000, 50.0))]
+    assert [line["growth"] for line in scaling.summarise(rows)] == ["–", "×10", "×10"]
+
+
+def test_seconds_are_held_against_the_peer() -> None:
+    rows = [
+        {"what": scaling.REAL, "size": 957, "method": method, "seconds": seconds, "once_seconds": once}
+        for method, seconds, once in ((scaling.OURS, 1.0, 1.0), (scaling.PEER, 4.0, 0.0))
+    ]
+    assert "0.25 of glimix-core's time after the decomposition, 0.50 with it" in scaling.ratio(rows)
+    assert scaling.ratio(rows[:1]) == ""
