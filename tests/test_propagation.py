@@ -47,7 +47,7 @@ def test_labels_go_through_each_template_by_both_maps() -> None:
 
 
 @pytest.mark.slow
-def test_templates_label_no_worse_than_the_direct_way() -> None:
+def test_labels_carried_directly_and_through_templates_are_right() -> None:
     """Blobs of random centres and widths; one is labelled."""
     grid = Grid.from_spacing((32, 30), 1.0)
 
@@ -71,5 +71,4 @@ def test_templates_label_no_worse_than_the_direct_way() -> None:
         several = fuse(templates, scan, run).mean(0)
         errors.append([float(((p.argmax(0) == 1) != truth).float().mean()) for p in (one.probabilities, several)])
     mean = torch.tensor(errors).mean(0)
-    assert mean[1] < 0.05
-    assert mean[1] <= 1.1 * mean[0]
+    assert (mean < 0.015).all()  # of 960 voxels; a border of half a voxel would be 4 %
