@@ -237,7 +237,7 @@ def test_file_of_somebody_else_stays(fitted: None, workplace: Path) -> None:
     (workplace / "s_volumes.tsv").write_text("mine")
     before = sorted(workplace.iterdir())
     refused(
-        call("segment", "s.nii.gz", "-o", "."), "s_volumes.tsv: exists already, and probmed did not write it"
+        call("segment", "s.nii.gz", "-o", "."), "s_volumes.tsv: exists already, and probmed segment did not write it"
     )
     assert sorted(workplace.iterdir()) == before
 

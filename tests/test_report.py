@@ -260,7 +260,7 @@ def test_foreign_files_and_inputs_stay(tmp_path: Path) -> None:
     result = tiny_result([scan])
     manual = tmp_path / "scan_dseg.nii.gz"
     manual.write_bytes(b"by hand")
-    with pytest.raises(UnusableInput, match="probmed did not write it"):
+    with pytest.raises(UnusableInput, match="probmed segment did not write it"):
         write(result, tmp_path)
     assert manual.read_bytes() == b"by hand"
     assert {p.name for p in tmp_path.iterdir()} == {"scan.nii.gz", "scan_dseg.nii.gz"}

@@ -83,7 +83,7 @@ def output_names(stem: str, brain: Sequence[str], channels: int, samples: int) -
 
 
 def check_outputs(
-    folder: Path, names: Iterable[str], stem: str, protect: Iterable[Path], marker: str = "_desc-entropy.json", writer: str = "probmed"
+    folder: Path, names: Iterable[str], stem: str, protect: Iterable[Path], marker: str = "_desc-entropy.json", writer: str = "probmed segment"
 ) -> None:
     """Refuse, before any work, to replace an input or a file that the command did not write.
 
