@@ -338,6 +338,20 @@ def test_a_network_s_answer(workplace: Path) -> None:
     assert (workplace / f"out/m2_{XFM}_desc-draw001_xfm.nii.gz").exists()
 
 
+def test_a_network_without_a_posterior_gives_no_draws(workplace: Path) -> None:
+    write_slices(workplace)
+    (workplace / "run").mkdir()
+    settings = NetworkSettings("voxelmorph-mse", features=(4, 4, 4, 4, 4, 4))
+    TrainedRegistration.build(Grid.from_spacing((40, 40), (1.0, 0.8)), settings).save(workplace / "run")
+    images = "register", "m2.nii.gz", "f2.nii.gz", "--model", "run"
+    refused(call(*images, "-o", "other", "--save-draws", "1"), "run: was trained by voxelmorph-mse and has no posterior", "--refine")
+    result = call(*images, "-o", "out")
+    assert result.exit_code == 0 and "no standard deviation" in result.stderr
+    assert not list((workplace / "out").glob("*_desc-sd*"))
+    assert call(*images, "-o", "out", "--refine", "2", "--draws", "2").exit_code == 0
+    assert (workplace / "out/m2_desc-sd.nii.gz").exists()
+
+
 def unbent(points: Array) -> Array:
     """The inverse of ``bent``, by its fixed point."""
     found = points

@@ -44,7 +44,8 @@ class SimilarityName(str, Enum):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What was read of a request: the pair, labels of the moving image with their names, where the fixed one counts, what is known to correspond."""
+    """What was read of a request: the pair, labels of the moving image with their names, where the fixed one counts, what is known to correspond,
+    a network's answer, and its objective where that gives no posterior."""
 
     moving: Volume
     fixed: Volume
@@ -54,6 +55,7 @@ class _Inputs:
     landmarks: PointPairs | None
     matched: tuple[Tensor, Tensor] | None
     amortised: Callable[..., Any] | None
+    pointwise: str | None
 
 
 def register(
@@ -167,6 +169,12 @@ def register(
         made += make_folder(out)
         with progress.collected_warnings(texts) as lines, progress.progress_bar(stem, quiet) as tell:
             inputs = _read(moving, fixed, labels, mask, landmarks, match_labels, model)
+            if inputs.pointwise is not None and draws and not refine:
+                fault = f"was trained by {inputs.pointwise} and has no posterior"
+                if save_draws:
+                    raise UnusableInput(str(model), fault, "leave out --save-draws, or --refine it")
+                lines.append(f"{model}: {fault}: no draws, no standard deviation (--refine gives both)")
+                draws = 0
             names = () if inputs.labels is None else called(inputs.labels, inputs.names)
             planned = registration_names(stem, names, draws, save_draws, inputs.labels is not None)
             check_registration_outputs(out, planned, stem, paths)
@@ -213,17 +221,18 @@ def _read(
     inside = None if mask is None else read_mask(mask, f)
     if inside is not None and float(f.data[inside].min()) == float(f.data[inside].max()):
         raise UnusableInput(fixed, f"is constant inside {mask}", "give a mask of a part that shows something")
-    amortised = None
+    amortised = pointwise = None
     if model is not None:
         amortisation = load_amortisation()
         trained = amortisation.TrainedRegistration.load(model)
+        pointwise = trained.settings.objective if trained.settings.objective in amortisation.POINT_OBJECTIVES else None
 
         def amortised(*pair: Volume, **options: Any) -> Any:
             return amortisation.answer(trained, *pair, **options)
 
     points = None if landmarks is None else read_landmarks(landmarks, m, f)
     matched = None if match_labels is None else read_label_pair(match_labels, m, f)
-    return _Inputs(m, f, carried, names, inside, points, matched, amortised)
+    return _Inputs(m, f, carried, names, inside, points, matched, amortised, pointwise)
 
 
 def _parameters(text: str | None) -> int | None:

@@ -43,6 +43,8 @@ from probmed.workflows.cohorts import common_grid, own_world
 from probmed.workflows.registration import Answer, prior_scales
 
 OBJECTIVES = ("elbo", "simulation", "voxelmorph-mse", "voxelmorph-ncc", "voxelmorph-probabilistic")
+POINT_OBJECTIVES = ("voxelmorph-mse", "voxelmorph-ncc")
+"""Those by which the spread of the network's answer stays as it began: no posterior."""
 
 
 @dataclass(frozen=True)
