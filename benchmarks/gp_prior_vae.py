@@ -1,0 +1,303 @@
+"""Rotated digits: images at an angle that was not seen, by autoencoders with different priors of their codes.
+
+183 threes of scikit-learn's 8 × 8 digits, each at eight angles. Some lack an angle; others are seen at 0° alone and not in training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from gpytorch.kernels import PeriodicKernel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.tables import Log, Row, Table, mean_sd
+from probmed.inference.gp_prior import CodeForecast, GlobalWeights, exact_loss, forecast_codes
+from probmed.inference.gp_prior_baselines import gppvae_loss, svgpvae_forecast, svgpvae_loss
+from probmed.inference.parameters import seeded
+from probmed.inference.training import TrainingSettings, train
+from probmed.metrics import interval_coverage
+from probmed.models.gp_prior_vae import CodePrior, Cohort, GPPriorGuide, GPPriorVAE, Intercept, Linear, PixelNormal, Within
+
+DIGIT, ANGLES, SEEDS = 3, 8, 4
+TEST, VALIDATION, UNSEEN = 40, 20, 53
+CODES, HIDDEN, STEPS, BATCH, DRAWS = 8, 128, 1500, 26, 200
+RATES = (1e-3, 3e-3)  # of learning, tried by every method
+SCORES = 6  # principal components of the image at 0°, by which digits are compared
+TASKS = ("an angle not seen", "a digit seen at 0° alone")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """One split.
+
+    Arguments:
+        images: ``(P, ANGLES, 8, 8)`` in [0, 1], NaN outside the circle that rotations keep.
+        inputs: of the models, ``(P, ANGLES, D)``.
+        validation, test, unseen: of whom, ``(P,)`` bool; the first two lack ``angle`` in training, the last are not there.
+    """
+
+    images: Tensor
+    inputs: dict[str, Tensor]
+    validation: Tensor
+    test: Tensor
+    unseen: Tensor
+    angle: int
+
+    @property
+    def fitted(self) -> Tensor:
+        """What training sees, ``(P, ANGLES)`` bool."""
+        seen = ~self.unseen[:, None].expand(-1, ANGLES).clone()
+        seen[self.validation | self.test, self.angle] = False
+        return seen
+
+    def cohort(self, visits: Tensor) -> Cohort:
+        return Cohort(visits, self.inputs)
+
+
+def rotated_digits(seed: int) -> Digits:
+    """All threes, turned about their centre, linearly interpolated, and a random split of them."""
+    datasets: Any = importlib.import_module("sklearn.datasets")
+    bundle = datasets.load_digits()
+    upright = torch.tensor(bundle.images[bundle.target == DIGIT] / 16)[:, None]
+    angles = 2 * math.pi * torch.arange(ANGLES, dtype=torch.float64) / ANGLES
+    turns = torch.stack([torch.stack([a.cos(), -a.sin(), a.new_zeros(())]) for a in angles])
+    turns = torch.stack([turns, torch.stack([torch.stack([a.sin(), a.cos(), a.new_zeros(())]) for a in angles])], 1)
+    grids = functional.affine_grid(turns, [ANGLES, 1, 8, 8], align_corners=False)
+    people = len(upright)
+    images = torch.stack([functional.grid_sample(upright, g.expand(people, -1, -1, -1), align_corners=False)[:, 0] for g in grids], 1)
+    place = torch.arange(8) - 3.5
+    outside = place[:, None] ** 2 + place**2 > 16
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(people, generator=generator)
+    test, validation, unseen = (torch.zeros(people, dtype=torch.bool) for _ in range(3))
+    test[order[:TEST]], validation[order[TEST : TEST + VALIDATION]], unseen[order[-UNSEEN:]] = True, True, True
+    angle = 1 + int(torch.randint(ANGLES - 1, (), generator=generator))
+    inputs = _inputs(images[:, 0][:, ~outside], ~unseen, angles)
+    return Digits(images.masked_fill(outside, math.nan), inputs, validation, test, unseen, angle)
+
+
+def _inputs(upright: Tensor, known: Tensor, angles: Tensor) -> dict[str, Tensor]:
+    """The angle, its harmonics, the image at 0° by its principal components, and products of the last two."""
+    waves = torch.stack([f(k * angles) for k in (1, 2) for f in (torch.cos, torch.sin)], -1) * math.sqrt(2)
+    centre = upright[known].mean(0)
+    _, spread, axes = torch.linalg.svd(upright[known] - centre, full_matrices=False)
+    scores = (upright - centre) @ axes[:SCORES].mT / spread[:SCORES] * math.sqrt(len(upright[known]))
+    people = len(upright)
+    every = waves.expand(people, -1, -1)
+    own = scores[:, None].expand(-1, len(angles), -1)
+    both = (every[..., None] * own[..., None, :]).flatten(-2)
+    return {"angle": every, "digit": own, "digit_angle": both, "turn": angles[:, None].expand(people, -1, -1)}
+
+
+class Body(nn.Module):
+    """Two layers; covariates stand beside the input."""
+
+    def __init__(self, inputs: int, outputs: int, covariates: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(inputs + covariates, HIDDEN), nn.ELU(), nn.Linear(HIDDEN, outputs))
+
+
+class Encoder(Body):
+    """From images to means and log standard deviations."""
+
+    def __init__(self, covariates: int = 0) -> None:
+        super().__init__(64, 2 * CODES, covariates)
+
+    def forward(self, images: Tensor, *covariates: Tensor) -> Tensor:
+        encoded: Tensor = self.layers(torch.cat([images.flatten(1), *covariates], -1))
+        return encoded
+
+
+class Decoder(Body):
+    """From codes to images."""
+
+    def __init__(self, covariates: int = 0) -> None:
+        super().__init__(CODES, 64, covariates)
+
+    def forward(self, codes: Tensor, *covariates: Tensor) -> Tensor:
+        decoded: Tensor = self.layers(torch.cat([codes, *covariates], -1)).unflatten(-1, (8, 8))
+        return decoded
+
+
+Loss = Callable[[GPPriorVAE, GPPriorGuide, Cohort, Tensor, Tensor], Tensor]
+Codes = Callable[[Any, Tensor, Tensor, Tensor], CodeForecast]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A prior, an objective, and how codes of other angles follow.
+
+    Arguments:
+        prior: of the codes.
+        loss: of a minibatch of people, or of all whatever the minibatch; None for the global q(u) of a fit's own.
+        codes: at all visits given the known ones.
+        covariates: what both networks read too.
+    """
+
+    prior: Callable[[], CodePrior]
+    loss: Loss | None
+    codes: Codes
+    covariates: tuple[str, ...] = ()
+
+
+def _everyone(model: GPPriorVAE, guide: GPPriorGuide, cohort: Cohort, images: Tensor, people: Tensor) -> Tensor:
+    return exact_loss(model, guide, cohort, images)
+
+
+def _gppvae(model: GPPriorVAE, guide: GPPriorGuide, cohort: Cohort, images: Tensor, people: Tensor) -> Tensor:
+    return gppvae_loss(model, guide, cohort, images)
+
+
+def _mean_alone(prior: Any, known: Tensor, mean: Tensor, sd: Tensor) -> CodeForecast:
+    """As published: prediction by the posterior mean."""
+    found = forecast_codes(prior, known, mean, sd)
+    return CodeForecast(found.mean, torch.zeros_like(found.covariance))
+
+
+def _own(prior: Any, known: Tensor, mean: Tensor, sd: Tensor) -> CodeForecast:
+    """Of a model that relates no visits: mean and variance of the codes of the same digit at its other angles."""
+    count = known.sum(1)[:, None]
+    centre = mean.masked_fill(~known[..., None], 0.0).sum(1) / count
+    square = (mean**2 + sd**2).masked_fill(~known[..., None], 0.0).sum(1) / count
+    variance = (square - centre**2)[:, None].expand_as(mean)
+    return CodeForecast(centre[:, None].expand_as(mean), torch.diag_embed(variance.movedim(-1, 0)))
+
+
+def _features() -> dict[str, nn.Module]:
+    return {"angle": Linear(), "digit": Linear(), "digit_angle": Linear()}
+
+
+def _published() -> CodePrior:
+    return CodePrior(CODES, _features())
+
+
+def _blocks() -> CodePrior:
+    turning = PeriodicKernel()
+    turning.period_length = 2 * math.pi
+    turning.raw_period_length.requires_grad_(False)
+    return CodePrior(CODES, {**_features(), "level": Intercept(), "turn": Within(turning)})
+
+
+def _mixed() -> CodePrior:
+    return CodePrior(CODES, {"level": Intercept()}, mean={"angle": nn.Linear(4, CODES)})
+
+
+METHODS: dict[str, Method] = {
+    "GP prior, exact": Method(_blocks, _everyone, forecast_codes),
+    "GP prior, global q(u)": Method(_blocks, None, forecast_codes),
+    "GP prior, exact, features alone": Method(_published, _everyone, forecast_codes),
+    "gppvae": Method(_published, _gppvae, _mean_alone),
+    "svgpvae": Method(_published, svgpvae_loss, svgpvae_forecast),
+    "mixed-model VAE": Method(_mixed, _everyone, forecast_codes),
+    "conditional VAE": Method(partial(CodePrior, CODES), _everyone, _own, ("angle",)),
+    "VAE": Method(partial(CodePrior, CODES), _everyone, _own),
+}
+
+
+def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
+    """Fit every method on every split."""
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float64)
+    rows = []
+    try:
+        for split in range(SEEDS)[:limit]:
+            for name, method in METHODS.items():
+                if only and not any(word in name for word in only):
+                    continue
+                rows.append(log.row(f"{split}/{name}", partial(_fitted, name, method, seed + split)))
+                print(f"split {split} {name:32s} {_told(rows[-1])}", flush=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    settings = {"splits": SEEDS, "steps": STEPS, "batch": BATCH, "codes": CODES, "hidden": HIDDEN, "learning_rates": RATES, "threads": threads}
+    return Table("gp_prior_vae", rows, summarise(rows), "", settings, seed)
+
+
+def _told(row: Row) -> str:
+    return ", ".join(f"{task}: MSE {row[task]['mse']:.4f}, {row[task]['nats']:.1f} nats" for task in TASKS)
+
+
+def _fitted(name: str, method: Method, seed: int) -> Row:
+    """The learning rate that is best on the validation digits, and what it gives on the others."""
+    digits = rotated_digits(seed)
+    found: list[Row] = []
+    for rate in RATES:
+        start = time.perf_counter()
+        with seeded(seed):
+            model, guide = _trained(method, digits, rate, seed)
+        seconds = time.perf_counter() - start
+        with seeded(seed):
+            scores = _scores(method, model, guide, digits)
+        found.append({"method": name, "split": seed, "learning_rate": rate, "seconds": round(seconds, 2), **scores})
+    return max(found, key=lambda row: row["validation"]["nats"])
+
+
+def _trained(method: Method, digits: Digits, rate: float, seed: int) -> tuple[GPPriorVAE, GPPriorGuide]:
+    width = sum(digits.inputs[name].shape[-1] for name in method.covariates)
+    model = GPPriorVAE(method.prior(), Decoder(width), PixelNormal(), method.covariates)
+    guide = GPPriorGuide(model, Encoder(width))
+    chosen = (~digits.unseen).nonzero()[:, 0]
+    cohort, images = digits.cohort(digits.fitted).people(chosen), digits.images[chosen]
+    weights = GlobalWeights(CODES, model.prior(cohort).features.shape[-1])
+    loss = method.loss or weights.loss
+
+    def batches(generator: torch.Generator) -> Tensor:
+        return torch.randperm(len(chosen), generator=generator)[:BATCH]
+
+    settings = TrainingSettings(steps=STEPS, learning_rate=rate, seed=seed, every=STEPS)
+    train(lambda people: loss(model, guide, cohort, images, people), {"model": model, "guide": guide, "weights": weights}, batches, settings)
+    return model, guide
+
+
+@torch.no_grad()
+def _scores(method: Method, model: GPPriorVAE, guide: GPPriorGuide, digits: Digits) -> Row:
+    """Of the validation digits' and the test digits' angle, and of the digits that were seen at 0° alone."""
+    known = digits.fitted
+    known[digits.unseen, 0] = True
+    everything = digits.cohort(torch.ones_like(known))
+    mean, sd = guide.encode(digits.cohort(known), digits.images)
+    codes = method.codes(model.prior(everything), known, mean, sd).draws(DRAWS)
+    asked = {"validation": digits.validation, TASKS[0]: digits.test, TASKS[1]: digits.unseen}
+    return {name: _score(model, everything, codes, digits.images, people[:, None] & ~known) for name, people in asked.items()}
+
+
+def _score(model: GPPriorVAE, cohort: Cohort, codes: Tensor, images: Tensor, asked: Tensor) -> Row:
+    """Mean squared error of the predictive mean and coverage of 90 % intervals, a pixel; log predictive density, nats an image."""
+    given = [model.image(z, cohort.only(asked)).values for z in codes]
+    truth = images[asked]
+    inside = ~truth.isnan()
+    densities = torch.stack([d.log_prob(images.nan_to_num(0.0))[asked].masked_fill(~inside, 0.0).sum((1, 2)) for d in given])
+    drawn = torch.stack([d.sample()[asked][inside] for d in given])
+    lower, upper = drawn.quantile(torch.tensor([0.05, 0.95]), 0)
+    centre = torch.stack([d.mean[asked][inside] for d in given]).mean(0)
+    return {
+        "mse": float((centre - truth[inside]).square().mean()),
+        "nats": float((densities.logsumexp(0) - math.log(len(codes))).mean()),
+        "coverage": interval_coverage(lower, upper, truth[inside]),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """A line per method, means and standard deviations over splits."""
+    lines = []
+    for name in METHODS:
+        chosen = [row for row in rows if row["method"] == name]
+        if not chosen:
+            continue
+        line = {"method": name}
+        for task in TASKS:
+            each = {kind: [row[task][kind] for row in chosen] for kind in ("mse", "nats", "coverage")}
+            line[f"{task}: MSE"] = mean_sd(each["mse"], 4)
+            line["nats an image" + " " * TASKS.index(task)] = mean_sd(each["nats"], 1)
+            line["in 90 % intervals" + " " * TASKS.index(task)] = f"{100 * statistics.fmean(each['coverage']):.0f} %"
+        line["seconds a fit"] = f"{statistics.median(row['seconds'] for row in chosen):.0f}"
+        lines.append(line)
+    return lines
