@@ -9,7 +9,10 @@ from pathlib import Path
 
 from benchmarks.tables import Log
 
-TABLES = ("tissue", "volumes", "fields", "pairs", "propagation", "deformation_uncertainty", "registration_sizes", "scalar_change", "scaling")
+TABLES = (
+    *("tissue", "volumes", "fields", "pairs", "propagation", "deformation_uncertainty", "registration_sizes", "scalar_change", "scaling"),
+    "gp_prior_vae",
+)
 
 
 def main(arguments: list[str] | None = None, folder: Path | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from probmed.inference.affine import Alignment, align
 from probmed.inference.em import Mode, Round, ascend, em, log_joint
+from probmed.inference.gp_prior import GlobalWeights, accumulated_loss, exact_loss, forecast
 from probmed.inference.guides import MAP, CompositeGuide, FieldGuide, SpectralNormal, automatic, structured
 from probmed.inference.infer import infer
 from probmed.inference.laplace import conjugate_gradients, laplace_draws
@@ -15,18 +16,22 @@ __all__ = [
     "CompositeGuide",
     "FieldGuide",
     "Fit",
+    "GlobalWeights",
     "Mode",
     "NotFinite",
     "Posterior",
     "Round",
     "SpectralNormal",
     "Step",
+    "accumulated_loss",
     "align",
     "ascend",
     "automatic",
     "conjugate_gradients",
     "em",
+    "exact_loss",
     "fit",
+    "forecast",
     "infer",
     "laplace_draws",
     "log_joint",

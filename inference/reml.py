@@ -4,6 +4,9 @@ With V the covariance of the changes d and P = V⁻¹ − V⁻¹X(XᵀV⁻¹X)�
 divided by the average information ½ dᵀP V_i P V_j P d, and halves the step until the likelihood rises. Components stop at 0. The log likelihood is of
 the changes themselves, log|XᵀV⁻¹X| in it and log|XᵀX| not.
 
+Changes may have several columns, whose covariances are V times a scale λ_j each. The scales are those at which the likelihood is greatest given the
+other components, λ_j = d_jᵀP d_j / n, so that what is shared costs one factor whatever their number.
+
 References: Gilmour, Thompson & Cullis, Biometrics 1995 (average information); Self & Liang, JASA 1987 (tests on the boundary).
 """
 
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -33,7 +36,8 @@ class ChangeData:
     """Changes since baseline with what explains them.
 
     Arguments:
-        change: d, ``(N,)``, float64. visits: their times and persons. design: x, ``(P, q)``. relationship: kernels between the P people.
+        change: d, ``(N,)``, or ``(N, J)`` of which each column has a scale of its own; float64. visits: their times and persons.
+        design: x, ``(P, q)``. relationship: kernels between the P people.
         baseline: "same", "none" or "free", as ``Longitudinal``.
     """
 
@@ -69,9 +73,23 @@ class ChangeData:
         return among(self.relationship, self.seen)
 
     @property
+    def noise_hides_rates(self) -> bool:
+        """Whether each was seen again once, after equal times, so that noise and a rate of one's own are the same."""
+        return len(self.seen) == len(self.visits) and bool((self.visits.delta == self.visits.delta[0]).all())
+
+    @property
     def count(self) -> int:
         """Number of variance components: those of the kernels, σ², and σ_B² where it is free."""
         return self.relationship.components + (2 if self.baseline == "free" else 1)
+
+    @property
+    def columns(self) -> Tensor:
+        """Changes, ``(N, J)``."""
+        return self.change.reshape(len(self.change), -1)
+
+    def split(self) -> list[ChangeData]:
+        """Each column alone, with the same relationship."""
+        return [replace(self, change=self.columns[:, j : j + 1]) for j in range(self.columns.shape[1])]
 
     def noises(self, variances: Tensor) -> tuple[Tensor, Tensor]:
         """σ² and σ_B²."""
@@ -83,30 +101,37 @@ class ChangeData:
 
 @dataclass(frozen=True)
 class _Solved:
-    """At given components: the collapsed data, M's factor, and generalised least squares."""
+    """At given components: the collapsed data, M's factor, scales, and generalised least squares."""
 
     told: Collapsed
     factor: Factor
     gram: Tensor
     coefficients: Tensor
-    residual: Tensor
     weighted: Tensor
+    scales: Tensor
     log_likelihood: Tensor
 
 
-def _solve(data: ChangeData, variances: Tensor, restricted: bool) -> _Solved:
+def _solve(data: ChangeData, variances: Tensor, restricted: bool, scales: Tensor | None = None) -> _Solved:
     told = collapse(data.visits, data.change, *data.noises(variances))
     design, kernels = data.design[told.seen], data.relationship.components
+    people, covariates = design.shape
     factor = data.among_seen.plus(variances[:kernels], 1 / told.precision)
-    both = factor.solve(torch.cat([design, told.slope[:, None]], 1))
-    gram = design.mT @ both[:, :-1]
-    coefficients = torch.linalg.solve(gram, design.mT @ both[:, -1])
+    both = factor.solve(torch.cat([design, told.slope], 1))
+    gram = design.mT @ both[:, :covariates]
+    coefficients = torch.linalg.solve(gram, design.mT @ both[:, covariates:])
     residual = told.slope - design @ coefficients
-    weighted = both[:, -1] - both[:, :-1] @ coefficients
-    value = told.rest - 0.5 * (len(residual) * _LOG_2PI + factor.logdet() + residual @ weighted)
+    weighted = both[:, covariates:] - both[:, :covariates] @ coefficients
+    squares = told.squares + (residual * weighted).sum(0)
+    determinants = told.constant - 0.5 * (people * _LOG_2PI + factor.logdet())
+    independent = len(data.change)
     if restricted:
-        value = value + 0.5 * (len(coefficients) * _LOG_2PI - torch.linalg.slogdet(gram)[1])
-    return _Solved(told, factor, gram, coefficients, residual, weighted, value)
+        determinants = determinants + 0.5 * (covariates * _LOG_2PI - torch.linalg.slogdet(gram)[1])
+        independent -= covariates
+    if scales is None:
+        scales = torch.ones_like(squares) if data.change.ndim == 1 else squares / independent
+    value = len(squares) * determinants - 0.5 * (squares / scales + independent * scales.log()).sum()
+    return _Solved(told, factor, gram, coefficients, weighted, scales, value)
 
 
 def log_likelihood(data: ChangeData, variances: Tensor, restricted: bool = True) -> Tensor:
@@ -119,12 +144,12 @@ def log_likelihood(data: ChangeData, variances: Tensor, restricted: bool = True)
 
 
 def average_information(data: ChangeData, variances: Tensor) -> Tensor:
-    """½ dᵀP V_i P V_j P d, ``(components, components)``, which for large samples is the information of the components."""
+    """½ dᵀP V_i P V_j P d, ``(components, components)``, which for large samples is the information of the components; a sum over columns."""
     visits, inner, seen = data.visits, data.among_seen, data.seen
     noise, first = data.noises(variances)
     solved = _solve(data, variances, True)
     delta = visits.delta.to(data.change)[:, None]
-    counts = visits.sums(torch.ones_like(data.change))
+    counts = visits.sums(torch.ones_like(delta[:, 0]))
     rho = (first / (noise + counts * first))[visits.subject][:, None]
 
     def shared(x: Tensor) -> Tensor:
@@ -146,17 +171,17 @@ def average_information(data: ChangeData, variances: Tensor) -> Tensor:
         every = x.new_zeros(visits.people, x.shape[1]).index_copy(0, seen, change)
         return outer - unrelated(delta * every[visits.subject])
 
-    projected = project(data.change[:, None])
+    projected = project(data.columns / solved.scales.sqrt())
     rates = visits.sums(delta * projected)[seen]
     columns = []
     for k in range(inner.components):
-        every = rates.new_zeros(visits.people, 1).index_copy(0, seen, inner.product(k, rates))
+        every = rates.new_zeros(visits.people, rates.shape[1]).index_copy(0, seen, inner.product(k, rates))
         columns.append(delta * every[visits.subject])
     columns.append(projected + (shared(projected) if data.baseline == "same" else 0.0))
     if data.baseline == "free":
         columns.append(shared(projected))
-    stacked = torch.cat(columns, 1)
-    return 0.5 * stacked.mT @ project(stacked)
+    stacked = torch.stack(columns, 1)
+    return 0.5 * torch.einsum("nij,nkj->ik", stacked, project(stacked.flatten(1)).reshape(stacked.shape))
 
 
 @dataclass(frozen=True)
@@ -165,7 +190,8 @@ class ChangeFit:
 
     Arguments:
         variances: as ``log_likelihood`` has them. information: average, of them.
-        coefficients: β, ``(q,)``; coefficient_covariance: of β.
+        coefficients: β, ``(q,)`` or ``(q, J)``; coefficient_covariance: of β where the scale is 1.
+        scales: λ, ``(J,)``, of mean 1; where changes have no columns, 1.
         log_likelihood: restricted or not, as asked for. converged: whether the last step gained less than the tolerance.
     """
 
@@ -174,6 +200,7 @@ class ChangeFit:
     information: Tensor
     coefficients: Tensor
     coefficient_covariance: Tensor
+    scales: Tensor
     log_likelihood: float
     restricted: bool
     converged: bool
@@ -181,10 +208,11 @@ class ChangeFit:
 
     @property
     def covariance(self) -> Tensor:
-        """Of the components, from their information; 0 for those at 0."""
+        """Of the components, from their information; 0 for those at 0, and huge for those that cannot be told apart."""
         free = (self.variances > 0).nonzero()[:, 0]
         full = torch.zeros_like(self.information)
-        full[free[:, None], free] = torch.linalg.inv(self.information[free][:, free])
+        unit, correlation = _in_own_units(self.information[free][:, free])
+        full[free[:, None], free] = unit[:, None] * torch.linalg.inv(correlation) * unit
         return full
 
     @property
@@ -192,9 +220,18 @@ class ChangeFit:
         """Of the components."""
         return self.covariance.diagonal().clamp_min(0).sqrt()
 
+    @property
+    def coefficient_errors(self) -> Tensor:
+        """Standard errors of β, ``(q,)`` or ``(q, J)``."""
+        return self._like_changes(torch.outer(self.coefficient_covariance.diagonal(), self.scales).sqrt())
+
+    def _like_changes(self, x: Tensor) -> Tensor:
+        """``(..., J)``, or ``(...)`` where changes have no columns."""
+        return x.reshape(*x.shape[:-1], *self.data.change.shape[1:])
+
     def coefficient_intervals(self, level: float = 0.95) -> Tensor:
-        """``(q, 2)``, normal."""
-        half = float(norm.ppf((1 + level) / 2)) * self.coefficient_covariance.diagonal().sqrt()
+        """``(q, 2)`` or ``(q, J, 2)``, normal."""
+        half = float(norm.ppf((1 + level) / 2)) * self.coefficient_errors
         return torch.stack([self.coefficients - half, self.coefficients + half], -1)
 
     def share(self, part: Sequence[int], whole: Sequence[int] | None = None) -> tuple[float, float]:
@@ -251,51 +288,72 @@ class ChangeFit:
         return torch.zeros_like(weights).index_fill(0, torch.tensor(list(chosen)), 1.0) * weights
 
     def dual(self) -> Tensor:
-        """α, ``(P, K)``: the rates' kernel machine, h_k = K_k α_k with α_k = τ_k M⁻¹(b − Xβ); 0 for people without a follow-up."""
-        solved = _solve(self.data, self.variances, self.restricted)
-        every = self.data.design.new_zeros(self.data.visits.people).index_copy(0, solved.told.seen, solved.weighted)
-        return every[:, None] * self.variances[: self.data.relationship.components]
+        """α, ``(P, K)`` or ``(P, K, J)``: the rates' kernel machine, h_k = K_k α_k with α_k = τ_k M⁻¹(b − Xβ); 0 for people without a follow-up."""
+        return self._like_changes(self._dual())
 
     def effects(self) -> Tensor:
-        """ĥ_k of all people, ``(P, K)``: the posterior mean of the rate that each kernel explains (best linear unbiased prediction)."""
-        alpha = self.dual()
-        return torch.cat([self.data.relationship.product(k, alpha[:, k : k + 1]) for k in range(alpha.shape[1])], 1)
+        """ĥ_k of all people, ``(P, K)`` or ``(P, K, J)``: posterior mean of what each kernel explains of a rate (best linear unbiased prediction)."""
+        alpha = self._dual()
+        products = [self.data.relationship.product(k, alpha[:, k]) for k in range(alpha.shape[1])]
+        return self._like_changes(torch.stack(products, 1))
 
-    def predict(self, visits: FollowUps) -> Prediction:
-        """Changes at visits of any of the people, whose own follow-ups count as those of others do.
+    def _dual(self) -> Tensor:
+        """``(P, K, J)``."""
+        solved = self._solved()
+        weighted = solved.weighted
+        every = weighted.new_zeros(self.data.visits.people, weighted.shape[1]).index_copy(0, solved.told.seen, weighted)
+        return every[:, None] * self.variances[: self.data.relationship.components, None]
 
-        The rate's uncertainty is that of h and of β̂ (kriging with an unknown mean); the components are taken as they were estimated.
+    def rates(self, people: Tensor) -> Prediction:
+        """Posterior of rates of any of the people, ``(M,)`` indices, each once: independent between columns.
+
+        The uncertainty is that of h and of β̂ (kriging with an unknown mean); the components are taken as they were estimated.
         """
-        data, kernels = self.data, self.data.relationship.components
-        solved = _solve(data, self.variances, self.restricted)
-        people, where = visits.subject.unique(return_inverse=True)
-        one_hot = data.design.new_zeros(visits.people, len(people)).index_put((people, torch.arange(len(people))), data.design.new_ones(()))
-        columns = torch.stack([self.variances[k] * data.relationship.product(k, one_hot) for k in range(kernels)]).sum(0)
-        own = columns[people, torch.arange(len(people))]
+        mean, variance = self._rates(people)
+        return Prediction(self._like_changes(mean), self._like_changes(torch.outer(variance, self.scales).sqrt()))
+
+    def _rates(self, people: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``(M, J)``, and variance where the scale is 1, ``(M,)``."""
+        data, solved = self.data, self._solved()
+        chosen = torch.arange(len(people))
+        one_hot = data.design.new_zeros(data.visits.people, len(people)).index_put((people, chosen), data.design.new_ones(()))
+        columns = torch.stack([self.variances[k] * data.relationship.product(k, one_hot) for k in range(data.relationship.components)]).sum(0)
+        own = columns[people, chosen]
         cross = columns[solved.told.seen]
         solution = solved.factor.solve(cross)
-        mean = data.design[people] @ self.coefficients + cross.mT @ solved.weighted
+        mean = data.design[people] @ solved.coefficients + cross.mT @ solved.weighted
         lever = data.design[people] - solution.mT @ data.design[solved.told.seen]
-        variance = own - (cross * solution).sum(0) + ((lever @ self.coefficient_covariance) * lever).sum(1)
+        return mean, own - (cross * solution).sum(0) + ((lever @ self.coefficient_covariance) * lever).sum(1)
+
+    def predict(self, visits: FollowUps) -> Prediction:
+        """Changes at visits of any of the people, whose own follow-ups count as those of others do; uncertain as ``rates`` are."""
+        data = self.data
+        people, where = visits.subject.unique(return_inverse=True)
+        mean, variance = self._rates(people)
         # The baseline's error, which all changes of a person share, is known in part from those that were seen.
         noise, first = data.noises(self.variances)
-        seen = torch.stack([torch.ones_like(data.change), data.visits.delta.to(data.change), data.change], 1)
-        count, times, changes = data.visits.sums(seen)[visits.subject].unbind(1)
+        delta = data.visits.delta.to(data.change)
+        count, times = data.visits.sums(torch.stack([torch.ones_like(delta), delta], 1))[visits.subject].unbind(1)
         kappa = first / (noise + count * first)
         slope = visits.delta.to(data.change) - kappa * times
         left = first * (1 - count * kappa) + noise
-        return Prediction(kappa * changes + slope * mean[where], (slope**2 * variance[where] + left).sqrt())
+        expected = kappa[:, None] * data.visits.sums(data.columns)[visits.subject] + slope[:, None] * mean[where]
+        spread = torch.outer(slope**2 * variance[where] + left, self.scales).sqrt()
+        return Prediction(self._like_changes(expected), self._like_changes(spread))
+
+    def _solved(self) -> _Solved:
+        return _solve(self.data, self.variances, self.restricted, self.scales)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Normal predictive distributions of changes as they would be measured; mean, sd: ``(N,)``."""
+    """Normal distributions, of changes as they would be measured or of rates; mean, sd: ``(N,)`` or ``(N, J)``."""
 
     mean: Tensor
     sd: Tensor
 
     def interval(self, level: float = 0.9) -> Tensor:
-        """``(N, 2)``."""
+        """``(N, 2)`` or ``(N, J, 2)``."""
         half = float(norm.ppf((1 + level) / 2)) * self.sd
         return torch.stack([self.mean - half, self.mean + half], -1)
 
@@ -332,9 +390,7 @@ def fit_components(
         taken += 1
         movable = ((free > lowest) | (gradient > 0)).nonzero()[:, 0]
         information = (mixing.mT @ average_information(data, mixing @ free) @ mixing)[movable][:, movable]
-        # In units of its own for each, for a small noise has an information of another size than a kernel's variance.
-        unit = information.diagonal().clamp_min(torch.finfo(information.dtype).tiny).rsqrt()
-        correlation = unit[:, None] * information * unit + _RIDGE * torch.eye(len(movable)).to(information)
+        unit, correlation = _in_own_units(information)
         step = torch.zeros_like(free)
         step[movable] = unit * torch.linalg.solve(correlation, unit * gradient[movable])
         size, gain = 1.0, -math.inf
@@ -352,19 +408,34 @@ def fit_components(
             break
         free, value, gradient = candidate, found, slope
         converged = gain < tolerance
-    return at_components(data, mixing @ free, restricted, converged, taken)
+    # Of components and scales only the product is determined.
+    variances = mixing @ free
+    unit = _solve(data, variances, restricted).scales.mean()
+    return at_components(data, unit * variances, restricted, converged, taken)
 
 
-def at_components(data: ChangeData, variances: Tensor, restricted: bool = True, converged: bool = True, iterations: int = 0) -> ChangeFit:
-    """Everything that follows from given components, such as those that other people gave."""
+def at_components(
+    data: ChangeData,
+    variances: Tensor,
+    restricted: bool = True,
+    converged: bool = True,
+    iterations: int = 0,
+    scales: Tensor | None = None,
+) -> ChangeFit:
+    """Everything that follows from given components, such as those that other people gave.
+
+    Arguments:
+        scales: of the columns, ``(J,)``; by default those at which the likelihood is greatest.
+    """
     with torch.no_grad():
-        solved = _solve(data, variances, restricted)
+        solved = _solve(data, variances, restricted, scales)
         return ChangeFit(
             data,
             variances,
             average_information(data, variances),
-            solved.coefficients,
+            solved.coefficients.reshape(-1, *data.change.shape[1:]),
             torch.linalg.inv(solved.gram),
+            solved.scales,
             float(solved.log_likelihood),
             restricted,
             converged,
@@ -372,9 +443,15 @@ def at_components(data: ChangeData, variances: Tensor, restricted: bool = True, 
         )
 
 
+def _in_own_units(information: Tensor) -> tuple[Tensor, Tensor]:
+    """Units, and an information in them that can be inverted: a small noise has one of another size than a kernel's variance."""
+    unit = information.diagonal().clamp_min(torch.finfo(information.dtype).tiny).rsqrt()
+    return unit, unit[:, None] * information * unit + _RIDGE * torch.eye(len(information)).to(information)
+
+
 def _start(data: ChangeData) -> Tensor:
     """The changes' variance in equal parts, in the units of rates for kernels."""
-    total = (data.change - data.change.mean()).square().mean()
+    total = (data.change - data.change.mean(0)).square().mean()
     rate = total / data.visits.delta.to(data.change).square().mean()
     kernels = data.relationship.components
     means = torch.stack([data.relationship.diagonal(k).mean() for k in range(kernels)]) if kernels else total[None][:0]

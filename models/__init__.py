@@ -10,14 +10,26 @@ from dataclasses import dataclass
 
 from pyro.nn import PyroModule
 
+from probmed.models.gp_prior_vae import GPPriorVAE
 from probmed.models.longitudinal import Longitudinal
+from probmed.models.longitudinal_field import LongitudinalField
+from probmed.models.one_shot import TransformedScan
 from probmed.models.registration import Registration
 from probmed.models.segmentation import Segmentation
 from probmed.models.template import Template
 
-__all__ = ["Longitudinal", "Registration", "Segmentation", "Template"]  # the models; ZOO, Entry and entry describe them
+# The models; ZOO, Entry and entry describe them.
+__all__ = ["GPPriorVAE", "Longitudinal", "LongitudinalField", "Registration", "Segmentation", "Template", "TransformedScan"]
 
-ZOO: dict[str, type[PyroModule]] = {"segmentation": Segmentation, "registration": Registration, "template": Template, "longitudinal": Longitudinal}
+ZOO: dict[str, type[PyroModule]] = {
+    "segmentation": Segmentation,
+    "registration": Registration,
+    "template": Template,
+    "longitudinal": Longitudinal,
+    "growth": LongitudinalField,
+    "one-shot": TransformedScan,
+    "gp-prior-vae": GPPriorVAE,
+}
 """Name on the command line → model."""
 
 

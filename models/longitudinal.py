@@ -53,10 +53,18 @@ class Longitudinal(PyroModule):
         """
         one = design.new_ones(())
         coefficients = pyro.sample("coefficients", Normal(design.new_zeros(design.shape[1]), self.coefficient_sd * one).to_event(1))
-        components = pyro.sample("components", HalfCauchy(self.scale * design.new_ones(relationship.components)).to_event(1))
+        distribution = SubjectChange(design @ coefficients, relationship, *self.draw_variances(relationship, visits, one))
+        return pyro.sample("change", distribution, obs=change)
+
+    def draw_variances(self, relationship: Relationship, visits: FollowUps, one: Tensor) -> tuple[Tensor, FollowUps, Tensor, Tensor]:
+        """τ, the visits, σ² and σ_B², as ``SubjectChange`` takes them.
+
+        Arguments:
+            one: of the type that is wanted.
+        """
+        components = pyro.sample("components", HalfCauchy(self.scale * one.expand(relationship.components)).to_event(1))
         noise = pyro.sample("noise", HalfNormal(self.noise_scale * one))
         first = noise if self.baseline == "same" else torch.zeros_like(noise)
         if self.baseline == "free":
             first = pyro.sample("baseline_noise", HalfNormal(self.noise_scale * one))
-        distribution = SubjectChange(design @ coefficients, relationship, components**2, visits, noise**2, first**2)
-        return pyro.sample("change", distribution, obs=change)
+        return components**2, visits, noise**2, first**2

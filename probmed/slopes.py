@@ -1,4 +1,5 @@
-"""Change since a baseline visit, as a rate that people differ in: one number a person is all that the visits tell about it.
+"""Change since a baseline visit, as a rate that people differ in: one number a person is all that the visits tell about it. Several columns of
+change, such as the coefficients of a field, have the same kernels, each with a scale of its own.
 
 .. math::
     y_{pt} - y_{pB} = \\Delta x_{pt} \\, g_p + \\varepsilon_{pt} - \\varepsilon_{pB}, \\quad
@@ -6,7 +7,8 @@
     \\varepsilon_{pt} \\sim N(0, \\sigma^2), \\; \\varepsilon_{pB} \\sim N(0, \\sigma_B^2)
 
 With R_p = σ² I + σ_B² 11ᵀ, s_p = Δxᵀ R⁻¹ Δx and b_p = Δxᵀ R⁻¹ d / s_p, the likelihood of g is N(b_p; g_p, 1/s_p) times what g is not in, so that
-visits, however many and irregular, cost nothing: what is left is b ~ N(m, Σ τ_k K_k + diag 1/s), of the size of the number of people.
+visits, however many and irregular, cost nothing: what is left is b ~ N(m, Σ τ_k K_k + diag 1/s), of the size of the number of people. In column j all
+variances are multiplied by λ_j, the columns are independent, Cov = Λ ⊗ (Σ τ_k K_k + diag 1/s), and one factor serves them all.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ class Relationship(Protocol):
         """Of K_k, ``(P,)``."""
         ...
 
-    def draw(self, variances: Tensor) -> Tensor:
-        """From N(0, Σ_k τ_k K_k), ``(P,)``."""
+    def draw(self, variances: Tensor, count: int) -> Tensor:
+        """From N(0, Σ_k τ_k K_k), ``(P, count)``."""
         ...
 
 
@@ -128,9 +130,9 @@ class DenseKernels:
     def diagonal(self, component: int) -> Tensor:
         return self.matrices[component].diagonal()
 
-    def draw(self, variances: Tensor) -> Tensor:
+    def draw(self, variances: Tensor, count: int) -> Tensor:
         values, vectors = torch.linalg.eigh(torch.tensordot(variances, self.matrices, 1))
-        return vectors @ (values.clamp_min(0).sqrt() * torch.randn_like(values))
+        return vectors @ (values.clamp_min(0).sqrt()[:, None] * torch.randn(len(values), count).to(values))
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,8 @@ class FeatureKernels:
     def diagonal(self, component: int) -> Tensor:
         return self.features[component].square().sum(1)
 
-    def draw(self, variances: Tensor) -> Tensor:
-        parts = [tau.sqrt() * f @ torch.randn_like(f[0]) for tau, f in zip(variances, self.features, strict=True)]
+    def draw(self, variances: Tensor, count: int) -> Tensor:
+        parts = [tau.sqrt() * f @ torch.randn(f.shape[1], count).to(f) for tau, f in zip(variances, self.features, strict=True)]
         return torch.stack(parts).sum(0)
 
 
@@ -223,48 +225,53 @@ class FollowUps:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """What visits say of each person's rate, N(slope; g, 1 / precision), and the log density of the rest.
+    """What visits say of each person's rate, N(slope; g, 1 / precision) in every column, and the rest of their density.
 
     Arguments:
-        seen: persons with a follow-up, ``(S,)`` indices; slope, precision: ``(S,)``.
-        rest: nats.
+        seen: persons with a follow-up, ``(S,)`` indices; slope: ``(S, J)``; precision: ``(S,)``.
+        squares: what is left of dᵀR⁻¹d beside the slopes, ``(J,)``.
+        constant: log density of the rest of a column less those squares' part, nats.
     """
 
     seen: Tensor
     slope: Tensor
     precision: Tensor
-    rest: Tensor
+    squares: Tensor
+    constant: Tensor
 
 
 def collapse(visits: FollowUps, change: Tensor, noise: Tensor, baseline: Tensor) -> Collapsed:
-    """The visits of each person as one number, exactly.
+    """The visits of each person as one number a column, exactly.
 
     Arguments:
-        change: d = y_t − y_B, ``(N,)``.
+        change: d = y_t − y_B, ``(N,)`` or ``(N, J)``.
         noise, baseline: σ² and σ_B².
     """
+    change = change.reshape(len(visits), -1)
     delta = visits.delta.to(change)
-    count = visits.sums(torch.ones_like(change))
+    count = visits.sums(torch.ones_like(delta))
     seen = (count > 0).nonzero()[:, 0]
-    count, xx, x, xd, d, dd = (visits.sums(v)[seen] for v in (torch.ones_like(change), delta**2, delta, delta * change, change, change**2))
+    count, x, xx = (v[seen] for v in (count, visits.sums(delta), visits.sums(delta**2)))
+    d, xd, dd = (visits.sums(v)[seen] for v in (change, delta[:, None] * change, change**2))
     # R⁻¹ = (I − ρ 11ᵀ) / σ²
     rho = baseline / (noise + count * baseline)
     precision = (xx - rho * x * x) / noise
-    slope = (xd - rho * x * d) / noise / precision
-    squares = (dd - rho * d * d) / noise
+    slope = (xd - (rho * x)[:, None] * d) / (noise * precision)[:, None]
+    squares = ((dd - rho[:, None] * d * d) / noise - precision[:, None] * slope**2).sum(0)
     logdet = count * noise.log() + torch.log1p(count * baseline / noise)
-    rest = 0.5 * (_LOG_2PI - precision.log() + precision * slope**2 - count * _LOG_2PI - logdet - squares).sum()
-    return Collapsed(seen, slope, precision, rest)
+    constant = 0.5 * (_LOG_2PI - precision.log() - count * _LOG_2PI - logdet).sum()
+    return Collapsed(seen, slope, precision, squares, constant)
 
 
 class SubjectChange(TorchDistribution):
-    """Change since baseline of all visits of all people, ``(N,)``; where an observation is NaN, that visit is left out.
+    """Change since baseline of all visits of all people, ``(N,)`` or ``(N, J)``; where an observation is NaN, that visit is left out.
 
     Arguments:
-        slope: mean rate m of each person, ``(P,)``.
+        slope: mean rate m of each person, ``(P,)``, or ``(P, J)`` in J columns.
         relationship: kernels between people; variances: τ, ``(K,)``.
         visits: N of them.
         noise, baseline: σ² and σ_B².
+        scales: λ of each column, ``(J,)``; one by default.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -278,36 +285,45 @@ class SubjectChange(TorchDistribution):
         visits: FollowUps,
         noise: Tensor,
         baseline: Tensor,
+        scales: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if not len(slope) == relationship.people == visits.people:
             raise ValueError(f"expected one number of people, got {len(slope)}, {relationship.people} and {visits.people}")
+        columns = slope.shape[1:].numel()
+        if slope.ndim > 2 or (scales is not None and scales.shape != (columns,)):
+            raise ValueError(f"expected slope (P,) or (P, J) and scales (J,), got {tuple(slope.shape)} and {None if scales is None else len(scales)}")
         self.slope, self.relationship, self.variances = slope, relationship, variances
         self.visits, self.noise, self.baseline = visits, noise, baseline
-        super().__init__(torch.Size(), torch.Size([len(visits)]), validate_args=validate_args)
+        self.scales = slope.new_ones(columns) if scales is None else scales
+        super().__init__(torch.Size(), torch.Size([len(visits), *slope.shape[1:]]), validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.independent(constraints.real, 1)
+        return constraints.independent(constraints.real, len(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        known = ~value.isnan()
+        known = ~value.reshape(len(self.visits), -1).isnan().any(1)
         told = collapse(self.visits.only(known), value[known], self.noise, self.baseline)
-        residual = told.slope - self.slope[told.seen]
+        residual = told.slope - self.slope.reshape(len(self.slope), -1)[told.seen]
         factor = among(self.relationship, told.seen).plus(self.variances, 1 / told.precision)
-        squares = residual @ factor.solve(residual[:, None])[:, 0]
-        return told.rest - 0.5 * (len(residual) * _LOG_2PI + factor.logdet() + squares)
+        squares = told.squares + (residual * factor.solve(residual)).sum(0)
+        determinants = told.constant - 0.5 * (len(residual) * _LOG_2PI + factor.logdet())
+        return len(self.scales) * determinants - 0.5 * (squares / self.scales + known.sum() * self.scales.log()).sum()
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | Sequence[int] = ()) -> Tensor:
         draws = [self._draw() for _ in range(torch.Size(sample_shape).numel())]
-        return torch.stack(draws).reshape(*sample_shape, len(self.visits))
+        return torch.stack(draws).reshape(*sample_shape, *self.event_shape)
 
     def _draw(self) -> Tensor:
-        rate = self.slope + self.relationship.draw(self.variances)
-        first = self.baseline.sqrt() * torch.randn_like(self.slope)
-        noise = self.noise.sqrt() * torch.randn_like(rate[self.visits.subject])
-        return self.visits.delta.to(rate) * rate[self.visits.subject] + noise - first[self.visits.subject]
+        whose, columns = self.visits.subject, len(self.scales)
+        rate = self.relationship.draw(self.variances, columns)
+        first = self.baseline.sqrt() * torch.randn_like(rate)
+        noise = self.noise.sqrt() * torch.randn_like(rate[whose])
+        delta = self.visits.delta.to(rate)[:, None]
+        departure = delta * rate[whose] + noise - first[whose]
+        return delta * self.slope.reshape(-1, columns)[whose] + self.scales.sqrt() * departure
 
     def expand(self, batch_shape: Sequence[int], _instance: SubjectChange | None = None) -> SubjectChange:
         if len(batch_shape):

@@ -16,8 +16,21 @@ from torch import Tensor
 
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import LabelAtlas
+from probmed.field_priors import FieldPrior, FlowPrior, PrincipalField, SmoothField
 from probmed.grids import Grid
+from probmed.models.gp_prior_vae import (
+    CodePrior,
+    Cohort,
+    GPPriorGuide,
+    GPPriorVAE,
+    Intercept,
+    Linear,
+    PixelNormal,
+    Slope,
+)
 from probmed.models.longitudinal import BASELINES, Longitudinal
+from probmed.models.longitudinal_field import LongitudinalField
+from probmed.models.one_shot import TransformedScan
 from probmed.models.registration import Registration, RegistrationGuide
 from probmed.models.segmentation import Segmentation
 from probmed.models.template import Template
@@ -73,6 +86,24 @@ def tiny_atlas(d: int = 3, size: int = 7, spacing_mm: float = 5.0, sharpness: fl
 
 def velocity_grid(d: int = 3) -> Grid:
     return Grid.from_spacing((4, 4, 3)[:d], 11.0)
+
+
+def principal_velocity() -> FlowPrior:
+    """Of three velocities."""
+    generator = torch.Generator().manual_seed(1)
+    fields = torch.randn(3, 3, *velocity_grid().shape, generator=generator, dtype=torch.get_default_dtype())
+    return FlowPrior(velocity_grid(), PrincipalField.fit(2 * fields, site="velocity_scores"))
+
+
+def smooth_field(channels: int = 1, site: str = "field") -> SmoothField:
+    grid = oblique_grid()
+    mean = torch.linspace(-1, 1, channels * grid.numel, dtype=torch.get_default_dtype()).reshape(channels, *grid.shape)
+    return SmoothField(mean, grid.spacing, 0.3, 8.0, site=site)
+
+
+def transformed_scan(appearance: Callable[[], FieldPrior] | None) -> TransformedScan:
+    shares = tiny_atlas().on(oblique_grid()).probabilities
+    return TransformedScan(shares[:1], shares, oblique_grid(), principal_velocity(), None if appearance is None else appearance())
 
 
 def similarity_prior(translation_mm: float = 20.0) -> AffinePrior:
@@ -163,6 +194,7 @@ APPEARANCES: dict[str, tuple[Callable[[], GaussianMixture], int]] = {
 DEFORMATIONS: dict[str, tuple[Callable[[], DeformationPrior], frozenset[str]]] = {
     "rigid": (lambda: AffinePrior(3, 6, translation_mm=2.0), frozenset({"affine"})),
     "velocity": (lambda: SmoothVelocity(velocity_grid()), frozenset({"velocity"})),
+    "principal": (principal_velocity, frozenset({"velocity_scores"})),
     "affine_velocity": (
         lambda: AffineVelocity(similarity_prior(2.0), SmoothVelocity(velocity_grid())),
         frozenset({"affine", "velocity"}),
@@ -224,6 +256,25 @@ def followed_people(_: int = 0) -> tuple[Any, ...]:
     return design, DenseKernels(features @ features.mT), visits
 
 
+def scanned_people(_: int = 0) -> tuple[Any, ...]:
+    """Three people with two visits, one and three, genotypes and times."""
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.get_default_dtype()}
+    subject = torch.tensor([0, 0, 1, 2, 2, 2])
+    genetics = torch.randn(3, 4, **options)[subject]
+    return (Cohort.of(subject, {"genetics": genetics, "time": torch.randn(6, 1, **options)}),)
+
+
+def tiny_autoencoder() -> GPPriorVAE:
+    components = {"genetics": Linear(), "level": Intercept(), "time": Slope()}
+    return GPPriorVAE(CodePrior(2, components), torch.nn.Linear(2, 5), PixelNormal())
+
+
+def code_guide(model: PyroModule) -> PyroModule:
+    assert isinstance(model, GPPriorVAE)
+    return GPPriorGuide(model, torch.nn.Linear(5, 4))
+
+
 def pair(_: int) -> tuple[Any, ...]:
     return (*smooth_image(), oblique_grid())
 
@@ -275,6 +326,9 @@ def _components() -> dict[str, Case]:
         cases[f"GaussianMixture_{name}"] = Case(
             appearance, log_prior(channels), APPEARANCE_SITES, plates=True
         )
+    cases["PrincipalField"] = Case(lambda: principal_velocity().velocity, nothing, frozenset({"velocity_scores"}), plates=True)
+    cases["SmoothField"] = Case(smooth_field, nothing, frozenset({"field"}), plates=True)
+    cases["FlowPrior"] = Case(principal_velocity, nothing, frozenset({"velocity_scores"}), plates=True)
     cases["AffineVelocity"] = Case(
         DEFORMATIONS["affine_velocity"][0], nothing, frozenset({"affine", "velocity"}), plates=True
     )
@@ -306,6 +360,9 @@ def _models() -> dict[str, Case]:
             cases[f"Template_{count}_{like}"] = Case(
                 partial(tiny_template, similarity, count), partial(cohort, count), changed | noises, "images"
             )
+    for look, made in (("none", None), ("smooth", smooth_field)):
+        latents = frozenset({"velocity_scores"} | ({"field"} if made else set()))
+        cases[f"TransformedScan_{look}"] = Case(partial(transformed_scan, made), nothing, latents, "image")
     for baseline in BASELINES:
         free = {"baseline_noise"} if baseline == "free" else set()
         cases[f"Longitudinal_{baseline}"] = Case(
@@ -314,6 +371,11 @@ def _models() -> dict[str, Case]:
             frozenset({"coefficients", "components", "noise"} | free),
             "change",
         )
+    columns = frozenset({"coefficients", "scales", "components", "noise"})
+    cases["LongitudinalField"] = Case(partial(LongitudinalField, 3), followed_people, columns, "change")
+    cases["GPPriorVAE"] = Case(
+        tiny_autoencoder, scanned_people, frozenset({"weights", "codes"}), "images", guide=code_guide
+    )
     for label, (prior, sites) in LABEL_PRIORS.items():
         for look, (appearance, channels) in APPEARANCES.items():
             for biased in (False, True):

@@ -9,6 +9,7 @@ import pyro
 import pytest
 import torch
 from cases import followed_people
+from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from test_slopes import dense_covariance
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch import Tensor
 from probmed.inference.reml import (
     ChangeData,
     ChangeFit,
+    at_components,
     average_information,
     compare_component,
     fit_components,
     log_likelihood,
 )
 from probmed.models.longitudinal import Longitudinal
+from probmed.models.longitudinal_field import LongitudinalField
 from probmed.slopes import DenseKernels, FeatureKernels, FollowUps, SubjectChange
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -124,6 +127,139 @@ def test_predictions_are_the_conditional_normal_of_new_visits(mode: str) -> None
     torch.testing.assert_close(found.interval(0.9), torch.stack([found.mean - half, found.mean + half], 1))
 
 
+def columns_of(mode: str, scales: Tensor, people: int = 30, seed: int = 1) -> ChangeData:
+    """As ``made_data``, in columns."""
+    data = made_data(mode, people, seed)
+    free, noise, first = variances_of(mode)
+    slope = data.design @ torch.stack([torch.ones(len(scales)), torch.linspace(-1, 1, len(scales))])
+    change = SubjectChange(slope, data.relationship, free[:2], data.visits, noise, first, scales).sample()
+    return ChangeData(change, data.visits, data.design, data.relationship, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("restricted", [True, False])
+def test_scales_of_columns_are_those_of_the_greatest_likelihood(mode: str, restricted: bool) -> None:
+    data = columns_of(mode, torch.tensor([0.1, 1.0, 7.0]))
+    variances, *_ = variances_of(mode)
+    covariance, design, projection = dense(data, variances)
+    n, q = design.shape
+    squares = (data.change * (projection @ data.change)).sum(0)
+    count = n - q if restricted else n
+    scales = squares / count
+    extra = 0.5 * (q * math.log(2 * math.pi) - torch.logdet(design.T @ torch.linalg.solve(covariance, design))) if restricted else torch.zeros(())
+    each = -0.5 * (n * math.log(2 * math.pi) + torch.logdet(covariance) + count * scales.log() + squares / scales) + extra
+    leaf = variances.clone().requires_grad_()
+    found = log_likelihood(data, leaf, restricted)
+    torch.testing.assert_close(found.detach(), each.sum(), rtol=0, atol=1e-8)
+    (gradient,) = torch.autograd.grad(found, leaf)
+    # Only ratios of components are determined.
+    assert float(gradient @ variances) == pytest.approx(0.0, abs=1e-8)
+    by_hand = torch.zeros(())
+    for j, scale in enumerate(scales):
+        one = ChangeData(data.change[:, j] / scale.sqrt(), data.visits, data.design, data.relationship, mode)
+        by_hand = by_hand + log_likelihood(one, leaf, restricted)
+    (expected,) = torch.autograd.grad(by_hand, leaf)
+    torch.testing.assert_close(gradient, expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_column_is_the_scalar(mode: str) -> None:
+    data = made_data(mode)
+    scalar, column = fit_components(data), fit_components(ChangeData(data.change[:, None], data.visits, data.design, data.relationship, mode))
+    assert float(column.scales) == pytest.approx(1.0)
+    assert column.log_likelihood == pytest.approx(scalar.log_likelihood, abs=1e-6)
+    torch.testing.assert_close(column.variances, scalar.variances, rtol=1e-3, atol=1e-6)
+    same = at_components(ChangeData(data.change[:, None], data.visits, data.design, data.relationship, mode), scalar.variances, scales=torch.ones(1))
+    new = FollowUps(torch.tensor([1.0, 2.0]), torch.tensor([0, 7]), 30)
+    for a, b in (
+        (same.coefficients, scalar.coefficients),
+        (same.coefficient_errors, scalar.coefficient_errors),
+        (same.effects(), scalar.effects()),
+        (same.predict(new).mean, scalar.predict(new).mean),
+        (same.predict(new).sd, scalar.predict(new).sd),
+        (same.rates(new.subject).sd, scalar.rates(new.subject).sd),
+    ):
+        torch.testing.assert_close(a[..., 0], b)
+    assert same.coefficient_intervals().shape == (2, 1, 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fit_of_columns_is_a_maximum_and_predicts_as_each_column_alone(mode: str) -> None:
+    data = columns_of(mode, torch.tensor([0.1, 1.0, 7.0, 0.5]))
+    fit = fit_components(data)
+    assert fit.converged
+    assert float(fit.scales.mean()) == pytest.approx(1.0)
+    leaf = fit.variances.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(log_likelihood(data, leaf), leaf)
+    assert float((gradient * fit.variances).abs().max()) < 1e-3
+    new = FollowUps(torch.tensor([1.0, 2.5, 4.0]), torch.tensor([0, 1, 0]), 30)
+    found, rates = fit.predict(new), fit.rates(torch.tensor([4, 0]))
+    effects = fit.effects()
+    for j, scale in enumerate(fit.scales):
+        one = ChangeData(data.change[:, j], data.visits, data.design, data.relationship, mode)
+        alone = at_components(one, scale * fit.variances)
+        torch.testing.assert_close(found.mean[:, j], alone.predict(new).mean)
+        torch.testing.assert_close(found.sd[:, j], alone.predict(new).sd)
+        torch.testing.assert_close(effects[..., j], alone.effects())
+        torch.testing.assert_close(fit.coefficient_errors[:, j], alone.coefficient_errors)
+        torch.testing.assert_close(rates.mean[:, j], alone.rates(torch.tensor([4, 0])).mean)
+    # A rate seen over so long a time that noise is nothing is the change divided by that time.
+    far = FollowUps(torch.tensor([1e6]), torch.tensor([4]), 30)
+    torch.testing.assert_close(fit.predict(far).mean[0] / 1e6, rates.mean[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fit.predict(far).sd[0] / 1e6, rates.sd[0], rtol=1e-4, atol=1e-5)
+
+
+def test_model_of_a_field_has_the_density_that_is_maximised() -> None:
+    data = columns_of("same", torch.tensor([0.1, 1.0, 7.0]))
+    fit = fit_components(data, restricted=False)
+    given = {
+        "coefficients": fit.coefficients,
+        "scales": fit.scales.sqrt(),
+        "components": fit.variances[:2].sqrt(),
+        "noise": fit.variances[2].sqrt(),
+        "change": data.change,
+    }
+    model = poutine.condition(LongitudinalField(3), given)
+    trace = poutine.trace(model).get_trace(data.design, data.relationship, data.visits)
+    trace.compute_log_prob()
+    assert float(trace.nodes["change"]["log_prob_sum"]) == pytest.approx(fit.log_likelihood, abs=1e-7)
+    with pytest.raises(ValueError, match="positive number of columns"):
+        LongitudinalField(0)
+
+
+@pytest.mark.slow
+def test_shared_shares_and_scales_of_columns_are_recovered_and_rates_are_covered() -> None:
+    """Sixty cohorts of 40 people and twelve columns: shares are told far better than by a column alone, and intervals of rates cover."""
+    truth = torch.logspace(-2, 1, 12)
+    shares, scales, z = [], [], []
+    for seed in range(60):
+        data = made_data("same", 40, seed)
+        torch.manual_seed(seed)
+        assert isinstance(data.relationship, DenseKernels)
+        tau = torch.tensor([0.5, 0.3])
+        values, vectors = torch.linalg.eigh(torch.tensordot(tau, data.relationship.matrices, 1))
+        rates = vectors @ (values.clamp_min(0).sqrt()[:, None] * torch.randn(40, 12)) * truth.sqrt()
+        first = 0.45 * torch.randn(40, 12) * truth.sqrt()
+        noise = 0.45 * torch.randn(len(data.visits), 12) * truth.sqrt()
+        change = data.visits.delta[:, None] * rates[data.visits.subject] + noise - first[data.visits.subject]
+        fit = fit_components(ChangeData(change, data.visits, data.design, data.relationship, "same"))
+        shares.append(fit.share([0])[0])
+        scales.append(fit.scales * fit.variances[2] / 0.45**2 / truth)
+        posterior = fit.rates(torch.arange(40))
+        z.append((posterior.mean - rates) / posterior.sd)
+    kernels = made_data("same", 40, 0).relationship
+    expected = 0.5 * kernels.diagonal(0).mean() / (0.5 * kernels.diagonal(0).mean() + 0.3 * kernels.diagonal(1).mean())
+    estimates = torch.tensor(shares)
+    assert abs(float(estimates.mean() - expected)) < 4 * float(estimates.std()) / math.sqrt(60) + 0.02
+    assert float(estimates.std()) < 0.2
+    ratio = torch.stack(scales)
+    assert float((ratio.mean(0) - 1).abs().max()) < 4 * float(ratio.std(0).max()) / math.sqrt(60) + 0.02
+    inside = (torch.cat(z).abs() < 1.6448536269514722).double()
+    # Columns and people of one cohort are not independent: the standard error is that of cohorts.
+    by_cohort = inside.reshape(60, -1).mean(1)
+    assert float(inside.mean()) == pytest.approx(0.9, abs=0.01 + 4 * float(by_cohort.std()) / math.sqrt(60))
+
+
 def once(trait: Tensor, design: Tensor, relationship: DenseKernels | FeatureKernels) -> ChangeData:
     """A trait that was measured once, the ordinary mixed model."""
     people = len(trait)
@@ -220,6 +356,16 @@ def test_predictive_intervals_cover_new_visits_of_known_and_new_people() -> None
     for which in (True, False):
         # Plug-in components make intervals a little short; four standard deviations and that.
         assert inside[which] / total[which] == pytest.approx(0.9, abs=0.02 + 4 * math.sqrt(0.09 / total[which]))
+
+
+def test_components_that_cannot_be_told_apart_have_huge_errors() -> None:
+    design, kernels, _ = followed_people()
+    visits = FollowUps(torch.full((6,), 2.0), torch.arange(6), 6)
+    own = DenseKernels(torch.eye(6)[None])
+    fit = fit_components(ChangeData(torch.randn(6), visits, torch.ones(6, 1), own))
+    assert fit.data.noise_hides_rates
+    assert (fit.standard_errors > 1e3 * fit.variances).all()
+    assert not ChangeData(torch.randn(6), FollowUps(torch.arange(1.0, 7.0), torch.arange(6), 6), design, kernels).noise_hides_rates
 
 
 def test_log_joint_is_sampled_by_nuts_around_the_estimate() -> None:

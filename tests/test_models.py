@@ -56,7 +56,7 @@ def latents(trace: Any) -> dict[str, Tensor]:
 
 
 def observed(trace: Any, case: Case) -> dict[str, Tensor]:
-    return {case.observed: trace.nodes[case.observed]["value"]} if case.observed else {}
+    return {case.observed: trace.nodes[case.observed]["value"].detach()} if case.observed else {}
 
 
 def tensors(result: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,33 @@ def test_predictions_of_a_run_s_own_people_and_of_others(tmp_path: Path) -> None
     # New people's genotypes move the relationships' frequencies not at all, and their baselines say nothing of rates.
     assert float(alone.mean[0]) == pytest.approx(mine["mean"], abs=1e-6)
     assert float(alone.sd[0]) == pytest.approx(mine["sd"], rel=1e-4)
+
+
+def test_snps_are_those_that_vary_among_the_people_of_the_run(tmp_path: Path) -> None:
+    table, _ = write_cohort(tmp_path, 30)
+    counts = np.random.default_rng(1).binomial(2, 0.4, (30, 20)).astype(float)
+    counts[:24, 0] = 0.0
+    names = [f"p{n:03d}" for n in range(30)]
+    to_bed(tmp_path / "few.bed", counts, properties={"iid": names, "fid": names, "chromosome": ["1"] * 20})
+    visits, genotypes = read(table), Genotypes.open(tmp_path / "few.bed", count_A1=True)
+    alone = fit_rates(visits.of_subjects(names[:24]), SETTINGS, genotypes).joined.genotypes
+    later = fit_rates(visits, SETTINGS, genotypes, known=names[:24]).joined.genotypes
+    assert alone is not None and later is not None
+    # What does not vary among the run's people, or is rare there, is left out, whoever else is asked about.
+    assert list(alone.snps["name"]) == list(later.snps["name"])
+    assert len(alone.snps) == 19 and len(later) == 30
+    rare = fit_rates(visits, replace(SETTINGS, min_frequency=0.4), genotypes).joined.genotypes
+    assert rare is not None and 0 < len(rare.snps) < 19
+
+
+def test_rates_that_noise_hides_are_warned_of(tmp_path: Path) -> None:
+    table, _ = write_cohort(tmp_path, 20)
+    rows = pd.read_csv(table, sep="\t").groupby("subject").head(2)
+    rows["time"] = [0.0, 2.0] * 20
+    rows.to_csv(table, sep="\t", index=False)
+    with pytest.warns(UserWarning, match="cannot be told from noise"):
+        fit_rates(read(table), SETTINGS)
+    fit_rates(read(table), replace(SETTINGS, own=False))
 
 
 def _options(table: Path, bed: Path | None, out: Path) -> list[str]:

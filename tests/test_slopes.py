@@ -93,6 +93,45 @@ def test_draws_have_the_covariance_of_the_density(low_rank: bool) -> None:
     assert float(z.mean(1).abs().max()) < 5 / math.sqrt(20_000)
 
 
+def test_columns_have_the_kronecker_density_with_the_same_gradient() -> None:
+    design, kernels, visits = followed_people()
+    slope, change = design @ torch.randn(2, 3), torch.randn(len(visits), 3)
+
+    def collapsed(tau: Tensor, noise: Tensor, first: Tensor, scales: Tensor) -> Tensor:
+        return SubjectChange(slope, kernels, tau, visits, noise, first, scales).log_prob(change)
+
+    def kronecker(tau: Tensor, noise: Tensor, first: Tensor, scales: Tensor) -> Tensor:
+        covariance = torch.kron(scales.diag(), dense_covariance(kernels.matrices, visits, tau, noise, first))
+        mean = (visits.delta[:, None] * slope[visits.subject]).T.flatten()
+        return MultivariateNormal(mean, covariance).log_prob(change.T.flatten())
+
+    leaves = [torch.tensor(x, requires_grad=True) for x in (TAU, 0.4, 0.2, [0.5, 2.0, 1.3])]
+    ours, theirs = collapsed(*leaves), kronecker(*leaves)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_draws_of_columns_have_their_scales_and_a_row_with_a_gap_is_left_out() -> None:
+    design, kernels, visits = followed_people()
+    scales = torch.tensor([0.25, 4.0])
+    rest = (kernels, torch.tensor(TAU), visits, torch.tensor(0.4), torch.tensor(0.2))
+    distribution = SubjectChange(design @ torch.ones(2, 2), *rest, scales)
+    assert distribution.event_shape == (len(visits), 2)
+    draws = distribution.sample((20_000,))
+    covariance = dense_covariance(kernels.matrices, visits, torch.tensor(TAU), torch.tensor(0.4), torch.tensor(0.2))
+    ratio = draws.var(0) / torch.outer(covariance.diagonal(), scales)
+    # A sample variance of 20000 has a relative standard deviation of √(2/20000); twelve of them.
+    assert float((ratio - 1).abs().max()) < 5 * math.sqrt(2 / 20_000)
+    departures = draws - draws.mean(0)
+    assert float((departures[..., 0] * departures[..., 1]).mean(0).abs().max()) < 5 * float(covariance.diagonal().max()) / math.sqrt(20_000)
+    change = draws[0].clone()
+    change[2, 1] = torch.nan
+    known = torch.arange(len(visits)) != 2
+    short = SubjectChange(design @ torch.ones(2, 2), kernels, torch.tensor(TAU), visits.only(known), *rest[3:], scales)
+    torch.testing.assert_close(distribution.log_prob(change), short.log_prob(change[known]))
+
+
 def test_visits_that_are_not_known_are_left_out() -> None:
     design, kernels, visits = followed_people()
     change = torch.randn(len(visits))
@@ -124,5 +163,7 @@ def test_what_is_no_cohort_is_refused() -> None:
     _, kernels, visits = followed_people()
     with pytest.raises(ValueError, match="one number of people"):
         SubjectChange(torch.zeros(5), kernels, torch.tensor(TAU), visits, torch.tensor(1.0), torch.tensor(0.0))
+    with pytest.raises(ValueError, match=r"scales \(J,\)"):
+        SubjectChange(torch.zeros(6, 2), kernels, torch.tensor(TAU), visits, torch.tensor(1.0), torch.tensor(0.0), torch.ones(3))
     with pytest.raises(ValueError, match="no batch"):
         SubjectChange(torch.zeros(6), kernels, torch.tensor(TAU), visits, torch.tensor(1.0), torch.tensor(0.0)).expand([2])

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import typer
 
 from probmed.cli import progress
-from probmed.cli.options import DebugOption, QuietOption, command_line, make_folder
+from probmed.cli.options import DebugOption, Device, DeviceOption, DrawsOption, QuietOption, SeedOption, check_device, command_line, make_folder
 from probmed.tables import Genotypes
-from probmed.workflows.longitudinal_outputs import RateRun, exact_text
+from probmed.workflows.growth import Registrations
+from probmed.workflows.growth_outputs import REGISTRATIONS, VOLUME_COLUMNS, GrowthRun, check_forecast_outputs, write_forecast
+from probmed.workflows.longitudinal_outputs import RECORD, RateRun, exact_text, read_record
 from probmed.workflows.outputs import check_outputs, described_table, staged, write_sidecars
 from probmed.workflows.provenance import Provenance
 
+_PLACE = {"subject": "as in the table", "years": "since the subject's baseline"}
 _COLUMNS = {
-    "subject": "as in the table",
-    "years": "since the subject's baseline",
+    **_PLACE,
     "mean": "of the predictive distribution, in the scalar's unit",
     "sd": "its standard deviation; of the value as it will be measured",
     "low": "lower end of its central 90 % interval",
@@ -26,39 +30,62 @@ _COLUMNS = {
 
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `probmed train longitudinal`.")],
-    data: Annotated[Path, typer.Option(help="Table with the run's columns; the scalar is empty where it is to be predicted.", show_default=False)],
+    data: Annotated[
+        Path, typer.Option(help="Table with the run's columns; the scalar or scan is empty where it is to be predicted.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the outputs; made if missing.", show_default=False)],
     genotypes: Annotated[
         Path | None, typer.Option(help="PLINK .bed file with the run's people and these; the run's own by default.", show_default=False)
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of scans: column with label maps at baseline; else the atlas's labels are carried.", show_default=False),
+    ] = None,
+    draws: DrawsOption = 200,
+    device: DeviceOption = Device.auto,
+    seed: SeedOption = 0,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Predict a scalar at later visits, of people of the run or of others, with intervals.
+    """Predict a scalar or a scan at later visits, of people of the run or of others, with intervals.
 
-    A row of the table without the scalar is predicted from the person's baseline row, whatever later visits are known,
-    and everyone else's. Into the folder goes predictions.tsv.
+    A row of the table without the scalar or scan is predicted from the person's baseline row, whatever later visits
+    are known, and everyone else's. Into the folder goes predictions.tsv; of scans also, for each row, the follow-up
+    scan, its labels and their volumes, the warp, and maps of yearly growth with the probability of shrinkage.
 
     [bold]Example[/bold]
 
         probmed predict run --data new.tsv -o out
     """
     with progress.in_one_line(str(data), debug) as made:
-        fitted = RateRun.load(run)
-        plink = genotypes or fitted.genotypes
-        inputs = [str(path) for path in (run / "longitudinal.json", data, plink) if path is not None]
-        names = {"predictions": "predictions.tsv"}
+        check_device(device)
+        fields = "Growth" in read_record(run)
+        fitted = GrowthRun.load(run) if fields else RateRun.load(run)
+        source = fitted.rates.source if isinstance(fitted, GrowthRun) else fitted.source
+        plink = genotypes or source.genotypes
+        inputs = [str(path) for path in (run / RECORD, data, plink) if path is not None]
         check_outputs(out, ["predictions.tsv", "predictions.json"], "predictions", [data], ".json", "probmed predict")
         made += make_folder(out)
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
             tell("predicting", 0.1)
-            people = None if plink is None else Genotypes.open(plink, count_A1=True).filtered(min_frequency=0.01)
-            table = fitted.predict(fitted.read(data), people)
+            people = None if plink is None else Genotypes.open(plink, count_A1=True)
+            provenance = Provenance.of(command_line(), seed, inputs, lines)
+            if isinstance(fitted, RateRun):
+                what, columns = fitted.settings.scalar, _COLUMNS
+                table = fitted.predict(fitted.read(data), people)
+            else:
+                what, columns = fitted.settings.rates.scalar, _PLACE | VOLUME_COLUMNS
+                asked = fitted.read(data, labels)
+                check_forecast_outputs(out, fitted.wanted(asked), [data])
+                kept = Registrations(out / REGISTRATIONS, seed=fitted.seed, device=device.value)
+                found = fitted.predict(asked, kept, people, labels=labels, draws=draws, seed=seed, tell=partial(tell, "predicting"))
+                table = pd.concat([write_forecast(each, out, subject, provenance, [data]) for subject, each in found], ignore_index=True)
             with staged(out, "predictions") as stage:
                 (stage / "predictions.tsv").write_text(exact_text(table), encoding="utf-8")
-                described = described_table(f"Predictions of {fitted.settings.scalar}.", _COLUMNS)
-                write_sidecars(stage, names, {"predictions": described}, Provenance.of(command_line(), 0, inputs, lines))
+                described = described_table(f"Predictions of {what}.", columns)
+                write_sidecars(stage, {"predictions": "predictions.tsv"}, {"predictions": described}, provenance)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")
-        typer.echo(f"{data}: {len(table)} predictions of {fitted.settings.scalar}\n  {out / 'predictions.tsv'}")
+        count = len(table.drop_duplicates(["subject", "years"]))
+        typer.echo(f"{data}: {count} predictions of {what}\n  {out / 'predictions.tsv'}")

@@ -1,4 +1,4 @@
-"""`probmed train longitudinal`: rates of change explained by genes, clinic and phenotype."""
+"""`probmed train longitudinal`: rates of change, of a scalar or of the whole body, explained by genes, clinic and phenotype."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Annotated
 
 import typer
 
+from probmed.atlases import default_atlas
 from probmed.cli import progress
-from probmed.cli.options import DebugOption, QuietOption, command_line, make_folder
-from probmed.tables import Genotypes, Visits
-from probmed.volumes import UnusableInput
+from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
+from probmed.tables import Genotypes
+from probmed.volumes import UnusableInput, read_scan
+from probmed.workflows.growth import GrowthSettings, LabelledScan, Registrations, fit_growth
+from probmed.workflows.growth_outputs import REGISTRATIONS, write_growth_run
 from probmed.workflows.longitudinal import RateSettings, fit_rates
-from probmed.workflows.longitudinal_outputs import RECORD, write_run
+from probmed.workflows.longitudinal_outputs import RECORD, TableSource, write_run
+from probmed.workflows.propagation import read_moving_labels
 from probmed.workflows.provenance import Provenance
 
 
@@ -22,6 +26,13 @@ class TimeUnit(str, Enum):
 
     years = "years"
     days = "days"
+
+
+class Basis(str, Enum):
+    """Of fields; ``workflows.growth.BASES``."""
+
+    principal = "principal"
+    cosine = "cosine"
 
 
 class Baseline(str, Enum):
@@ -34,8 +45,18 @@ class Baseline(str, Enum):
 
 def longitudinal(
     data: Annotated[Path, typer.Option(help="Table (TSV or CSV), a row a visit: subject, time, scalars, covariates.", show_default=False)],
-    scalar: Annotated[str, typer.Option(help="Column whose change is explained.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; made if missing.", show_default=False)],
+    scalar: Annotated[str | None, typer.Option(help="Column of numbers whose change is explained.", show_default=False)] = None,
+    scans: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of scans (paths) whose deformation is explained, in its place.", show_default=False)
+    ] = None,
+    atlas_image: Annotated[Path | None, typer.Option(help="Image to which scans are brought; MNI152 by default.", show_default=False)] = None,
+    atlas_labels: Annotated[
+        Path | None, typer.Option(help="Its label map, on the same voxels; names in a .tsv beside it.", show_default=False)
+    ] = None,
+    basis: Annotated[Basis, typer.Option(help="Fields of which rates of deformation consist.")] = Basis.principal,
+    spacing: Annotated[float, typer.Option(min=0.01, help="Of these fields, mm.")] = 3.0,
+    separate: Annotated[bool, typer.Option("--separate", help="Of scans: variance components for each coefficient of a field.")] = False,
     genotypes: Annotated[
         Path | None, typer.Option(help="PLINK .bed file of the same people, with .bim and .fam beside it.", show_default=False)
     ] = None,
@@ -49,13 +70,17 @@ def longitudinal(
     subject: Annotated[str, typer.Option(help="Column with the person.")] = "subject",
     time: Annotated[str, typer.Option(help="Column with the time of the visit.")] = "time",
     time_unit: Annotated[TimeUnit, typer.Option(help="Its unit.")] = TimeUnit.years,
+    device: DeviceOption = Device.auto,
+    seed: SeedOption = 0,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Explain how a scalar changes since baseline: variance components of genes, clinic and phenotype.
+    """Explain how a scalar, or the body, changes since baseline: variance components of genes, clinic and phenotype.
 
     Into the folder go components.tsv (variances, shares with intervals, tests), coefficients.tsv, rates.tsv,
     visits.tsv and longitudinal.json. People who lack in one of the tables are left out, and named in the last.
+    With --scans there are maps of each covariate's effect on growth instead of coefficients.tsv and rates.tsv;
+    registrations are kept, so that a run that was stopped goes on when the command is given again.
 
     [bold]Examples[/bold]
 
@@ -63,33 +88,69 @@ def longitudinal(
 
         probmed train longitudinal --data visits.tsv --scalar hippocampus --genotypes cohort.bed -o run
 
+        probmed train longitudinal --data visits.tsv --scans t1 --mean age --genotypes cohort.bed -o run
+
         probmed predict run --data new.tsv -o out
     """
     with progress.in_one_line(str(data), debug) as made:
         if (out / RECORD).exists():
             raise UnusableInput(out, "holds a run already", "give another folder with --out")
+        explained = _explained(data, scalar, scans)
+        check_device(device)
         levels, used = _names(categorical), [name for text in (mean, clinical, phenotype) for name in _names(text)]
         numeric = [name for name in dict.fromkeys(used) if name not in levels and name != scalar]
+        atlas = None if scans is None else _read_atlas(atlas_image, atlas_labels)
         made += make_folder(out)
-        inputs = [str(data), *([] if genotypes is None else [str(genotypes)])]
+        inputs = [str(path) for path in (data, genotypes, atlas_image, atlas_labels) if path is not None]
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
             tell("reading", 0.0)
-            visits = Visits.read(
-                data, time_unit=time_unit.value, subject=subject, time=time, scalars=[scalar], covariates=numeric, categorical=levels
-            )
-            people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True).filtered(min_frequency=min_frequency)
-            tell("components", 0.1)
-            settings = RateSettings(scalar, _names(mean), _names(clinical), _names(phenotype), own, baseline.value)
-            result = fit_rates(visits, settings, people)
-            provenance = Provenance.of(command_line(), 0, inputs, lines)
-            where = {"subject": subject, "time": time, "unit": time_unit.value, "genotypes": genotypes}
-            tables = write_run(result, out, provenance, tell=lambda share: tell("tests", 0.3 + 0.7 * share), **where)  # type: ignore[arg-type]
+            source = TableSource(subject, time, time_unit.value, genotypes)
+            role = "scalars" if scans is None else "scans"
+            visits = source.read(data, covariates=numeric, categorical=levels, **{role: [explained]})
+            people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True)
+            settings = RateSettings(explained, _names(mean), _names(clinical), _names(phenotype), own, baseline.value, min_frequency)
+            if atlas is None:
+                tell("components", 0.1)
+                result = fit_rates(visits, settings, people)
+                provenance = Provenance.of(command_line(), seed, inputs, lines)
+                components = write_run(result, out, provenance, source, lambda share: tell("tests", 0.3 + 0.7 * share))["components"]
+            else:
+                kept = Registrations(out / REGISTRATIONS, seed=seed, device=device.value)
+                fields = GrowthSettings(settings, spacing_mm=spacing, basis=basis.value, separate=separate)
+                growth = fit_growth(visits, fields, atlas, kept, people, progress=lambda stage, share: tell(stage, 0.9 * share))
+                result, provenance = growth.rates, Provenance.of(command_line(), seed, inputs, lines)
+                components = write_growth_run(growth, out, provenance, source, lambda share: tell("tests", 0.9 + 0.1 * share))
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")
-        rows = tables["components"].dropna(subset=["p"]).to_dict("records")
+        rows = components.dropna(subset=["p"]).to_dict("records")
         parts = [f"{row['component']} {row['variance']:.3g} (p {row['p']:.2g})" for row in rows]
         typer.echo(f"{data}: {result.joined.summary()}\n  variance of the rate: {', '.join(parts)}\n  {out / 'components.tsv'}")
+
+
+def _explained(data: Path, scalar: str | None, scans: str | None) -> str:
+    """The column whose change is explained.
+
+    Raises:
+        UnusableInput: where there is none, or two.
+    """
+    chosen = [name for name in (scalar, scans) if name is not None]
+    if len(chosen) != 1:
+        raise UnusableInput(data, f"is to be explained in {len(chosen)} columns", "give one of --scalar and --scans")
+    return chosen[0]
+
+
+def _read_atlas(image: Path | None, labels: Path | None) -> LabelledScan:
+    """
+    Raises:
+        UnusableInput: where one is given without the other, or as ``read_moving_labels``.
+    """
+    if image is None and labels is None:
+        return LabelledScan.of(default_atlas())
+    if image is None or labels is None:
+        raise UnusableInput(str(image or labels), "is an atlas's image or labels alone", "give both --atlas-image and --atlas-labels, or neither")
+    scan = read_scan(image)
+    return LabelledScan(scan, *read_moving_labels(labels, scan))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
 """Simulated cohorts: people of different ages, scanned several times while their brains shrink at known
-rates.
+rates, which may depend on their genes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,7 +15,9 @@ import torch
 from probmed.atlases import LabelAtlas, default_atlas
 from probmed.simulation.anatomies import Anatomy, atrophy_flow
 from probmed.simulation.contrasts import stream
+from probmed.simulation.people import SimulatedPeople, simulate_people
 from probmed.simulation.subjects import SimulatedSubject, scan
+from probmed.volumes import write_labels, write_scan
 
 _ANATOMY_OPTIONS = (
     "deformation_mm",
@@ -41,6 +45,7 @@ def simulate_cohort(
     atrophy_rate: float = 0.005,
     atrophy_rate_sd: float = 0.002,
     rates: Sequence[float] | None = None,
+    first_ages: Sequence[float] | None = None,
     years: Sequence[Sequence[float]] | None = None,
     stripped: bool = False,
     **options: Any,
@@ -58,6 +63,7 @@ def simulate_cohort(
         reference_age: the age at which an anatomy is the deformed atlas, without atrophy.
         atrophy_rate, atrophy_rate_sd: mean and standard deviation of r_i, share of GM and WM lost a year.
         rates: r_i of each person, such as minus those of ``simulate_people``; drawn by default.
+        first_ages: of each person, in place of ``ages``.
         years: of each person the times of the visits, the first of which is 0; ``visits`` at equal intervals by default.
         options: of ``simulate_subject``.
 
@@ -71,17 +77,18 @@ def simulate_cohort(
     atlas = atlas.stripped() if stripped else atlas
     shrinking, grid = atrophy_flow(atlas), atlas.grid.at_spacing(spacing_mm)
     people = stream(seed, "people")
-    first_ages = ages[0] + (ages[1] - ages[0]) * torch.rand(n, generator=people)
+    drawn_ages = ages[0] + (ages[1] - ages[0]) * torch.rand(n, generator=people)
     drawn = atrophy_rate + atrophy_rate_sd * torch.randn(n, generator=people)
     seeds = torch.randint(2**31, (n,), generator=people)
     body = {name: options.pop(name) for name in _ANATOMY_OPTIONS if name in options}
 
     subjects, rows = [], []
     own_rates = drawn.tolist() if rates is None else [float(rate) for rate in rates]
+    own_ages = drawn_ages.tolist() if first_ages is None else [float(age) for age in first_ages]
     times = [[visit * interval_years for visit in range(visits)]] * n if years is None else years
-    if len(own_rates) != n or len(times) != n:
-        raise ValueError(f"expected rates and years of {n} people, got {len(own_rates)} and {len(times)}")
-    for i, (age, rate, own) in enumerate(zip(first_ages.tolist(), own_rates, seeds.tolist(), strict=True)):
+    if not len(own_rates) == len(own_ages) == len(times) == n:
+        raise ValueError(f"expected rates, ages and years of {n} people, got {len(own_rates)}, {len(own_ages)}, {len(times)}")
+    for i, (age, rate, own) in enumerate(zip(own_ages, own_rates, seeds.tolist(), strict=True)):
         anatomy, scans = Anatomy(atlas, own, **body), []
         for visit, since in enumerate(times[i]):
             atrophy = rate * (age + since - reference_age)
@@ -91,3 +98,83 @@ def simulate_cohort(
             rows.append(row | {f"{name}_ml": ml for name, ml in scans[-1].volumes_ml.items()})
         subjects.append(scans)
     return subjects, pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class GeneticCohort:
+    """Scans of people whose genes, covariates and rates of atrophy are known.
+
+    Arguments:
+        people: theirs; ``rates`` are yearly changes of the log of GM and WM, negative where they shrink.
+        scans: ``scans[i][visit]``.
+        table: that of ``simulate_cohort``, with the people's names, sex and education.
+    """
+
+    people: SimulatedPeople
+    scans: list[list[SimulatedSubject]]
+    table: pd.DataFrame
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Scans, label maps, a table of visits with paths, and genotypes, as files.
+
+        Returns:
+            The table ``visits.tsv`` (subject, time in years, age, sex, education, scan, labels) and
+            ``cohort.bed``.
+        """
+        rows = []
+        for row in self.table.to_dict("records"):
+            name, visit = row["subject"], row["visit"]
+            subject = self.scans[self._place(name)][visit - 1]
+            scan_file, labels_file = (f"{name}_ses-{visit}_{what}.nii.gz" for what in ("T1w", "dseg"))
+            write_scan(folder / scan_file, subject.image.data, subject.image)
+            write_labels(folder / labels_file, subject.labels.data, subject.labels)
+            known = {column: row[column] for column in ("subject", "age", "sex", "education")}
+            rows.append({**known, "time": row["years"], "scan": scan_file, "labels": labels_file})
+        table, genotypes = folder / "visits.tsv", folder / "cohort.bed"
+        pd.DataFrame(rows).to_csv(table, sep="\t", index=False)
+        self.people.genotypes.write(genotypes, list(self.people.table["subject"]))
+        return table, genotypes
+
+    def _place(self, name: str) -> int:
+        return list(self.people.table["subject"]).index(name)
+
+
+def simulate_genetic_cohort(
+    n: int,
+    visits: int = 2,
+    atlas: LabelAtlas | None = None,
+    spacing_mm: float = 2.0,
+    seed: int = 0,
+    *,
+    mean_rate: float = -0.01,
+    rate_sd: float = 0.005,
+    heritability: float = 0.5,
+    clinical: float = 0.2,
+    causal: int = 100,
+    snps: int = 1000,
+    **options: Any,
+) -> GeneticCohort:
+    """From genotypes and covariates to rates of atrophy to scans: ``simulate_people``, then
+    ``simulate_cohort`` at their ages.
+
+    Arguments:
+        n, visits: number of people, and of scans of each.
+        mean_rate, rate_sd, heritability, clinical, causal: of ``simulate_people``.
+        snps: number of variants.
+        options: of ``simulate_cohort``.
+    """
+    people = simulate_people(
+        n,
+        seed,
+        mean_rate=mean_rate,
+        rate_sd=rate_sd,
+        heritability=heritability,
+        clinical=clinical,
+        causal=causal,
+        snps=snps,
+    )
+    rates, ages = (-people.rates).tolist(), people.table["age"].tolist()
+    scans, table = simulate_cohort(n, visits, atlas, spacing_mm, seed, rates=rates, first_ages=ages, **options)
+    place = table["subject"].factorize()[0]
+    own = people.table.iloc[place].reset_index(drop=True)
+    return GeneticCohort(people, scans, table.assign(subject=own["subject"], sex=own["sex"], education=own["education"]))

@@ -158,9 +158,10 @@ def simulate_people(
     parts: dict[str, Tensor] = {}
     scale = 1.0
     for name, value in raw.items():
-        # Each less its mean and what the ones before explain, so that variances add up.
-        basis = torch.stack([torch.ones(people, dtype=torch.float64), *(part for part in parts.values() if bool((part != 0).any()))], 1)
-        rest = value - basis @ torch.linalg.lstsq(basis, value[:, None]).solution[:, 0]
+        # Each less its mean and what the ones before explain, so that variances add up; those are orthogonal.
+        rest = value - value.mean()
+        for part in (part for part in parts.values() if bool((part != 0).any())):
+            rest = rest - (rest * part).sum() / part.square().sum() * part
         factor = rate_sd * math.sqrt(shares[name]) / float(rest.std(correction=0))
         scale = factor if name == "genetics" else scale
         parts[name] = factor * rest

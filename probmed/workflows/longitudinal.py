@@ -7,8 +7,9 @@ tests, shares, effects, and predictions for visits of anyone in the tables.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -31,12 +32,13 @@ class RateSettings:
     """Which columns explain a scalar's rate of change, and how.
 
     Arguments:
-        scalar: the phenotype y.
+        scalar: the phenotype y, or the column of scans where it is a field.
         mean: columns, scalars or covariates, whose value at baseline has a linear effect on the rate (β).
         clinical, phenotype: those of the clinical and of the phenotype kernel. Where the scalar itself is among them, its measurement error at
             baseline, which is in every change too, passes for an effect: right for prediction, not for explanation.
         own: whether people have a rate of their own that nothing explains.
         baseline: of ``Longitudinal``.
+        min_frequency: of the rarer allele, in the people that a run was fitted to, of SNPs that are used.
     """
 
     scalar: str
@@ -45,6 +47,7 @@ class RateSettings:
     phenotype: tuple[str, ...] = ()
     own: bool = True
     baseline: str = "same"
+    min_frequency: float = 0.01
 
     def __post_init__(self) -> None:
         if self.baseline not in BASELINES:
@@ -58,8 +61,8 @@ class RateResult:
     Arguments:
         joined: the people, P, and who was left out.
         components: names of the kernels, K of them, in order. coefficients: names of β.
-        fit: of the components; its data are in the scalar's unit and years.
-        baseline: y_B, ``(P,)``; NaN where it was not measured.
+        fit: of the components; its data are in the scalar's unit and years, and have columns where several scalars were fitted together.
+        baseline: y_B, ``(P,)`` or ``(P, J)``; NaN where it was not measured.
     """
 
     joined: Joined
@@ -139,37 +142,83 @@ class RateResult:
 
 
 def fit_rates(
-    visits: Visits, settings: RateSettings, genotypes: Genotypes | None = None, *, known: Sequence[str] | None = None, variances: Tensor | None = None
+    visits: Visits,
+    settings: RateSettings,
+    genotypes: Genotypes | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+    known: Sequence[str] | None = None,
+    variances: Tensor | None = None,
 ) -> RateResult:
     """Variance components of a scalar's rate of change.
 
     Arguments:
-        visits: with ``settings.scalar`` among its scalars, and whatever else the settings name.
+        visits: with ``settings.scalar`` or ``columns`` among its scalars, and whatever else the settings name.
         genotypes: of the same people; those without are left out.
+        columns: scalars that are fitted together, with kernels in common and a scale each, in place of the settings' one.
         known: people by whom columns are standardised and alleles counted, all by default.
         variances: components that are taken as they are, not estimated.
 
     Raises:
         UnusableInput: where too few people are seen again, covariates are collinear, or no kernel is asked for.
     """
+    joined = cohort_of(visits, settings, genotypes, known)
+    changes = joined.visits.changes([settings.scalar] if columns is None else columns)
+    seen = ~changes.differences.isnan().any(1)
+    differences, baseline = changes.differences[seen], changes.baseline
+    if columns is None:
+        differences, baseline = differences[:, 0], baseline[:, 0]
+    follow_ups = FollowUps(changes.years[seen], changes.person[seen], len(joined.subjects))
+    data, components, names = explained(joined, settings, follow_ups, differences, known)
+    fit = fit_components(data) if variances is None else at_components(data, variances)
+    return RateResult(joined, settings, components, names, fit, baseline)
+
+
+def cohort_of(visits: Visits, settings: RateSettings, genotypes: Genotypes | None = None, known: Sequence[str] | None = None) -> Joined:
+    """People of all tables, with the SNPs that tell the known ones apart: those are the same whoever else is asked about.
+
+    Raises:
+        UnusableInput: as ``join``, and where no SNPs are left.
+    """
     joined = join(visits, genotypes=genotypes)
-    reference = joined.subjects if known is None else [name for name in joined.subjects if name in set(known)]
-    changes = joined.visits.changes([settings.scalar])
-    seen = ~changes.differences[:, 0].isnan()
+    if joined.genotypes is None:
+        return joined
+    told = joined.genotypes.of_people(_reference(joined, known)).filtered(min_frequency=settings.min_frequency)
+    return replace(joined, genotypes=replace(told, people=joined.genotypes.people, rows=joined.genotypes.rows))
+
+
+def _reference(joined: Joined, known: Sequence[str] | None) -> list[str]:
+    """People by whom columns are standardised and alleles counted."""
+    chosen = set(joined.subjects if known is None else known)
+    return [name for name in joined.subjects if name in chosen]
+
+
+def explained(
+    joined: Joined, settings: RateSettings, follow_ups: FollowUps, change: Tensor, known: Sequence[str] | None = None
+) -> tuple[ChangeData, tuple[str, ...], tuple[str, ...]]:
+    """Changes with what explains them, and the names of the kernels and of β.
+
+    Arguments:
+        change: d, ``(N,)`` or ``(N, J)``.
+
+    Raises:
+        UnusableInput: as ``fit_rates``.
+    """
+    path, reference = joined.visits.path, _reference(joined, known)
     design, names = _design(joined.visits, settings, reference)
     kernels = dict(_kernels(joined, settings, reference))
     if not kernels:
         remedy = "ask for a clinical, phenotype or genetic kernel, or people's own rates"
-        raise UnusableInput(visits.path, "has nothing that could explain rates", remedy)
-    people = FollowUps(changes.years[seen], changes.person[seen], len(joined.subjects))
+        raise UnusableInput(path, "has nothing that could explain rates", remedy)
     try:
-        relationship = DenseKernels(torch.stack(list(kernels.values())))
-        data = ChangeData(changes.differences[seen, 0], people, design, relationship, settings.baseline)
+        data = ChangeData(change, follow_ups, design, DenseKernels(torch.stack(list(kernels.values()))), settings.baseline)
     except ValueError as error:
         remedy = "give more follow-ups, or fewer covariates"
-        raise UnusableInput(visits.path, f"cannot tell rates of {settings.scalar} apart: {error}", remedy) from error
-    fit = fit_components(data) if variances is None else at_components(data, variances)
-    return RateResult(joined, settings, tuple(kernels), names, fit, changes.baseline[:, 0])
+        raise UnusableInput(path, f"cannot tell rates of {settings.scalar} apart: {error}", remedy) from error
+    if settings.own and data.noise_hides_rates:
+        fault = "people's own rates cannot be told from noise, for all were seen again once and after equal times"
+        warnings.warn(f"{path}: {fault}; leave them out (own=False, --no-own), or give further visits", stacklevel=3)
+    return data, tuple(kernels), names
 
 
 def _design(visits: Visits, settings: RateSettings, reference: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:

@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from probmed.tables import Genotypes, Visits
+from probmed.tables.visits import Unit
 from probmed.volumes import UnusableInput
 from probmed.workflows.longitudinal import RateResult, RateSettings, fit_rates
 from probmed.workflows.outputs import staged
@@ -27,21 +30,36 @@ _LEVEL = 0.9
 
 
 @dataclass(frozen=True)
+class TableSource:
+    """How a run's tables are read.
+
+    Arguments:
+        subject, time, unit: names of columns, and unit of time.
+        genotypes: the file that it was fitted with, or None.
+    """
+
+    subject: str = "subject"
+    time: str = "time"
+    unit: Unit = "years"
+    genotypes: Path | None = None
+
+    def read(self, path: Path, **roles: Sequence[str]) -> Visits:
+        """Visits, with the columns of ``Visits.read``."""
+        return Visits.read(path, time_unit=self.unit, subject=self.subject, time=self.time, **roles)
+
+
+@dataclass(frozen=True)
 class RateRun:
     """A run from its folder.
 
     Arguments:
-        subject, time, unit: names of the columns and unit of time of the tables that it takes.
-        genotypes: the file that it was fitted with, or None.
+        source: of its table, and of those that it takes.
         variances: components.
     """
 
     settings: RateSettings
     visits: Visits
-    subject: str
-    time: str
-    unit: str
-    genotypes: Path | None
+    source: TableSource
     variances: Tensor
 
     @classmethod
@@ -50,23 +68,22 @@ class RateRun:
         Raises:
             UnusableInput: where there is no such run.
         """
+        record = read_record(folder)
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             known = {f.name for f in fields(RateSettings)}
             chosen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record["Settings"].items() if name in known}
             roles: dict[str, Any] = {role: tuple(record["Roles"][role]) for role in ("scalars", "covariates", "categorical")}
             variances = torch.tensor(record["Variances"], dtype=torch.float64)
             genotypes = None if record["Genotypes"] is None else Path(record["Genotypes"])
             visits = Visits.read(folder / "visits.tsv", time_unit="years", time="years", **roles)
-            return cls(RateSettings(**chosen), visits, record["Subject"], record["Time"], record["Unit"], genotypes, variances)
+            source = TableSource(record["Subject"], record["Time"], record["Unit"], genotypes)
+            return cls(RateSettings(**chosen), visits, source, variances)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            fault = f"holds no run of rates that can be read ({error})"
-            raise UnusableInput(folder, fault, "give a folder that `probmed train longitudinal` has written") from error
+            raise no_run(folder, error) from error
 
     def read(self, path: Path) -> Visits:
         """A table with the columns of the run's own; the scalar is missing where it is to be predicted."""
-        columns = {role: getattr(self.visits, role) for role in ("scalars", "covariates", "categorical")}
-        return Visits.read(path, time_unit=self.unit, subject=self.subject, time=self.time, **columns)  # type: ignore[arg-type]
+        return self.source.read(path, **{role: getattr(self.visits, role) for role in ("scalars", "covariates", "categorical")})
 
     def predict(self, asked: Visits, genotypes: Genotypes | None = None) -> pd.DataFrame:
         """A row for each visit without the scalar that is not a person's first: mean, standard deviation and 90 % interval of what will be measured.
@@ -77,13 +94,8 @@ class RateRun:
         Raises:
             UnusableInput: where nothing is asked for, or a person's scalar is not known at baseline.
         """
-        scalar, own = self.settings.scalar, self.visits.table
-        again = asked.table.set_index(["subject", "years"]).index.isin(own.set_index(["subject", "years"]).index)
-        rows = pd.concat([own, asked.table[~again]], ignore_index=True)
-        # Each person's visits by time, as ``Visits`` has them.
-        rows = rows.assign(person=pd.factorize(rows["subject"])[0]).sort_values(["person", "years"], kind="stable", ignore_index=True)
-        visits = replace(self.visits, path=asked.path, table=rows.drop(columns="person"))
-        result = fit_rates(visits, self.settings, genotypes, known=self.visits.subjects, variances=self.variances)
+        scalar = self.settings.scalar
+        result = fit_rates(together(self.visits, asked), self.settings, genotypes, known=self.visits.subjects, variances=self.variances)
         table = result.joined.visits.table.assign(since=result.joined.visits.years_since_baseline.numpy())
         wanted = table[table[scalar].isna() & (table["since"] > 0) & table["subject"].isin(asked.subjects)]
         if not len(wanted):
@@ -107,15 +119,44 @@ class RateRun:
         )
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a run says of itself.
+
+    Raises:
+        UnusableInput: where there is no such run.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return record
+    except (OSError, ValueError) as error:
+        raise no_run(folder, error) from error
+
+
+def no_run(folder: Path, error: Exception) -> UnusableInput:
+    """For a folder in which something is missing."""
+    fault = f"holds no run of rates that can be read ({error})"
+    return UnusableInput(folder, fault, "give a folder that `probmed train longitudinal` has written")
+
+
+def together(own: Visits, asked: Visits) -> Visits:
+    """The visits of a run and those of another table; a visit that both have is the run's."""
+    new = asked.table[~seen_in(own, asked)]
+    rows = pd.concat([own.table, new], ignore_index=True)
+    # Each person's visits by time, as ``Visits`` has them.
+    rows = rows.assign(person=pd.factorize(rows["subject"])[0]).sort_values(["person", "years"], kind="stable", ignore_index=True)
+    return replace(own, path=asked.path, table=rows.drop(columns="person"))
+
+
+def seen_in(own: Visits, asked: Visits) -> NDArray[np.bool_]:
+    """Which of a table's visits the run has."""
+    return np.asarray(asked.table.set_index(["subject", "years"]).index.isin(own.table.set_index(["subject", "years"]).index))
+
+
 def write_run(
     result: RateResult,
     folder: Path,
     provenance: Provenance,
-    *,
-    subject: str,
-    time: str,
-    unit: str,
-    genotypes: Path | None = None,
+    source: TableSource,
     tell: Callable[[float], None] = lambda share: None,
 ) -> dict[str, pd.DataFrame]:
     """Write a run into a folder, all files or none.
@@ -126,29 +167,40 @@ def write_run(
     Raises:
         UnusableInput: where a file cannot be written.
     """
-    visits = result.joined.visits
     tables = {"components": result.component_table(tell), "coefficients": result.coefficient_table()}
-    record = {
+    record = run_record(result, provenance, source)
+    with staged(folder, "longitudinal") as stage:
+        for name, table in (*tables.items(), ("rates", result.rate_table())):
+            (stage / f"{name}.tsv").write_text(exact_text(table), encoding="utf-8")
+        write_record(stage, result, record)
+    return tables
+
+
+def run_record(result: RateResult, provenance: Provenance, source: TableSource) -> dict[str, Any]:
+    """What ``RateRun.load`` reads, and where it comes from."""
+    visits = result.joined.visits
+    return {
         "Settings": asdict(result.settings),
         "Components": result.components,
         "Variances": result.fit.variances.tolist(),
         "LogLikelihood": result.fit.log_likelihood,
         "Converged": result.fit.converged,
-        "Subject": subject,
-        "Time": time,
-        "Unit": unit,
+        "Subject": source.subject,
+        "Time": source.time,
+        "Unit": source.unit,
         "Roles": {role: getattr(visits, role) for role in ("scalars", "covariates", "categorical")},
-        "Genotypes": None if genotypes is None else str(genotypes.resolve()),
+        "Genotypes": None if source.genotypes is None else str(source.genotypes.resolve()),
         "GenotypesUsed": None if result.joined.genotypes is None else result.joined.genotypes.record(),
         "People": result.joined.record(),
         **provenance.record(),
     }
-    with staged(folder, "longitudinal") as stage:
-        for name, table in (*tables.items(), ("rates", result.rate_table())):
-            (stage / f"{name}.tsv").write_text(exact_text(table), encoding="utf-8")
-        (stage / "visits.tsv").write_text(exact_text(visits.table), encoding="utf-8")
-        (stage / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8")
-    return tables
+
+
+def write_record(stage: Path, result: RateResult, record: dict[str, Any]) -> None:
+    """The visits, without paths of scans, and the record."""
+    visits = result.joined.visits
+    (stage / "visits.tsv").write_text(exact_text(visits.table.drop(columns=list(visits.scans))), encoding="utf-8")
+    (stage / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8")
 
 
 def exact_text(table: pd.DataFrame) -> str:

@@ -1,0 +1,296 @@
+"""Follow-up scans of people who were seen once: hippocampi of real people that shrink at rates which are made up.
+
+Each person's scan of `msd_hippocampus` is the baseline. A flow towards the middle of the labels shrinks them by one per cent of volume in a unit of
+time; at later visits the scan and its labels are carried by it for the person's rate times the years, and noise is added. Rates depend on genotypes
+(simulated, half of their variance), age and education (a fifth, not linearly) and the person. Some people have two follow-ups and are trained on, the
+others the baseline alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from benchmarks.pairs import beside, scans
+from benchmarks.tables import Log, Row, mean_sd
+from probmed.fields import GaussianField
+from probmed.grids import Grid
+from probmed.metrics import dice, paired_bootstrap
+from probmed.simulation import simulate_people
+from probmed.tables import Genotypes, Visits
+from probmed.transforms import Displacement, Velocity, physical_gradient, warp
+from probmed.volumes import Volume, read_labels, read_scan, scaled, write_labels, write_scan
+from probmed.workflows.growth import Body, GrowthSettings, LabelledScan, Registrations, fit_growth, forecast
+from probmed.workflows.longitudinal import RateSettings, fit_rates
+from probmed.workflows.shape_codes import CodeSettings, fit_codes, predict_scans
+
+TRAINED, ASKED = 60, 30
+YEARS = (1.5, 3.0)
+ASKED_YEARS = 3.0
+MEAN_RATE, RATE_SD = -0.04, 0.02  # of the logarithm of volume, per year
+NOISE = 0.02  # of a scaled scan
+SMOOTHING_MM = 3.0  # of the labels whose slope is the flow
+VOLUME_NOISE = 0.02  # of the volumes that scalars are, relative: what a segmentation would add
+LABELS = (1, 2)
+SNPS = 300
+GROWTH, CODES = "S16, deformations", "S17, codes with a Gaussian process"
+COPY, MEAN, SCALAR = "baseline as it is", "mean change", "S15, each structure's volume"
+METHODS = (COPY, MEAN, SCALAR, GROWTH, CODES)
+LEVEL = 0.9
+
+
+@dataclass(frozen=True)
+class Person:
+    """A baseline with what shrinks it.
+
+    Arguments:
+        labels: zeros and ones, background first, ``(3, *shape)``. flow: of one per cent of volume.
+    """
+
+    scan: Volume
+    labels: Tensor
+    flow: Velocity
+
+    @classmethod
+    def of(cls, path: Path) -> Person:
+        scan, labels = read_scan(path), read_labels(beside(path)).data
+        shares = torch.stack([(labels == k).float() for k in (0, *LABELS)])
+        return cls(scan, shares, shrinking(1 - shares[0], scan.grid))
+
+    def at(self, log_change: float) -> Displacement:
+        """Where the changed body's points come from, for a change of the log of volume."""
+        return Velocity(self.flow.grid, self.flow.field * (100 * log_change)).exp(both=False)
+
+    def volumes(self, log_change: float) -> Tensor:
+        """Of the labels, ``(2,)``, ml."""
+        moved = warp(self.labels[1:], self.scan.grid, self.at(log_change), self.scan.grid)
+        return moved.flatten(1).sum(1).double() * self.scan.grid.voxel_volume / 1000
+
+
+def shrinking(inside: Tensor, grid: Grid) -> Velocity:
+    """Backwards, as images are carried: a velocity away from the labels' middle whose integral over them is 1 % of their volume."""
+    field = GaussianField.from_sd(grid.shape, grid.spacing, 1.0, SMOOTHING_MM, 2.0)
+    smooth = field.covariance_matvec(inside[None])[0]
+    velocity = -physical_gradient(smooth[..., None], grid)[..., 0, :].movedim(-1, 0)
+    divergence = physical_gradient(velocity.movedim(0, -1), grid).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return Velocity(grid, velocity * (-0.01 * inside.sum() / (divergence * inside).sum()))
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A cohort in files.
+
+    Arguments:
+        people: by subject. rates: per year. atlas: another person.
+        seen: the table of those who are trained on; asked: that of the others, whose later visit is empty.
+    """
+
+    people: Mapping[str, Person]
+    rates: Mapping[str, float]
+    atlas: LabelledScan
+    seen: Path
+    asked: Path
+    genotypes: Path
+
+    @classmethod
+    def of(cls, folder: Path, seed: int) -> MadeUp:
+        train, _ = scans()
+        order = [train[int(index)] for index in np.random.default_rng(seed).permutation(len(train))[: 1 + TRAINED + ASKED]]
+        known = simulate_people(TRAINED + ASKED, seed, mean_rate=MEAN_RATE, rate_sd=RATE_SD, snps=SNPS)
+        names = [str(name) for name in known.table["subject"]]
+        people = {name: Person.of(path) for name, path in zip(names, order[1:], strict=True)}
+        rates = dict(zip(names, known.rates.tolist(), strict=True))
+        genotypes = folder / "cohort.bed"
+        known.genotypes.write(genotypes, names)
+        generator = torch.Generator().manual_seed(seed)
+        tables: dict[bool, list[Row]] = {True: [], False: []}
+        for number, row in enumerate(known.table.to_dict("records")):
+            name, trained = str(row["subject"]), number < TRAINED
+            for years in (0.0, *YEARS) if trained else (0.0, ASKED_YEARS):
+                facts = {"subject": name, "time": years, "age": row["age"], "education": row["education"]}
+                visit = write_visit(folder, name, people[name], rates[name], years, generator) if trained or not years else {}
+                tables[trained].append({**facts, **visit})
+        paths = {True: folder / "seen.tsv", False: folder / "asked.tsv"}
+        for which, path in paths.items():
+            pd.DataFrame(tables[which]).to_csv(path, sep="\t", index=False, na_rep="n/a")
+        labels = read_labels(beside(order[0]))
+        atlas = LabelledScan(read_scan(order[0]), labels, {1: "anterior", 2: "posterior"})
+        return cls(people, rates, atlas, paths[True], paths[False], genotypes)
+
+    def read(self, path: Path, scalars: Sequence[str] = ()) -> Visits:
+        return Visits.read(path, time_unit="years", scalars=scalars, covariates=["age", "education"], scans=["scan", "labels"])
+
+    def together(self, scalars: Sequence[str] = ()) -> Visits:
+        """All visits that there are."""
+        seen, asked = self.read(self.seen, scalars), self.read(self.asked, scalars)
+        first = asked.table[~asked.table["subject"].duplicated()]
+        return replace(seen, table=pd.concat([seen.table, first], ignore_index=True))
+
+    @property
+    def people_asked(self) -> list[str]:
+        return list(self.read(self.asked).subjects)
+
+
+def write_visit(folder: Path, name: str, person: Person, rate: float, years: float, generator: torch.Generator) -> Row:
+    """A scan with labels as files, and the volumes as they would be measured."""
+    grid = person.scan.grid
+    change = person.at(rate * years)
+    image = warp(scaled(person.scan.data)[None], grid, change, grid, fill="edge")[0]
+    codes = warp(person.labels, grid, change, grid, fill="edge").argmax(0)
+    paths = [f"{name}_{years:g}{end}.nii.gz" for end in ("", "_dseg")]
+    write_scan(folder / paths[0], image + NOISE * torch.randn(grid.shape, generator=generator), person.scan)
+    write_labels(folder / paths[1], codes, person.scan)
+    measured = person.volumes(rate * years) * (1 + VOLUME_NOISE * torch.randn(2, generator=generator))
+    return {"scan": paths[0], "labels": paths[1], **{f"volume_{k}": v for k, v in zip(LABELS, measured.tolist(), strict=True)}}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says of a person: volumes ``(2,)`` ml with ends of 90 % intervals ``(2, 2)``, NaN where it has none, and labels ``(*shape)``."""
+
+    volumes: Tensor
+    interval: Tensor
+    labels: Tensor
+
+
+Method = Callable[[MadeUp, Path], dict[str, Answer]]
+
+
+def copied(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
+    none = torch.full((2, 2), torch.nan, dtype=torch.float64)
+    return {name: Answer(cohort.people[name].volumes(0.0), none, cohort.people[name].labels.argmax(0)) for name in cohort.people_asked}
+
+
+def mean_change(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
+    """Volumes by the mean of yearly relative changes, with a normal interval."""
+    columns = [f"volume_{k}" for k in LABELS]
+    changes = cohort.read(cohort.seen, columns).changes(columns)
+    logs = torch.log1p(changes.differences / changes.baseline[changes.person])
+    yearly = logs / changes.years[:, None]
+    mean, sd = yearly.mean(0), yearly.std(0)
+    found = {}
+    for name, same in copied(cohort, folder).items():
+        ends = torch.stack([mean - 1.645 * sd, mean + 1.645 * sd], -1)
+        found[name] = Answer(same.volumes * (ASKED_YEARS * mean).exp(), same.volumes[:, None] * (ASKED_YEARS * ends).exp(), same.labels)
+    return found
+
+
+def of_volumes(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
+    """Each volume's rate by genes and clinic."""
+    same = copied(cohort, folder)
+    parts = []
+    for label in LABELS:
+        column = f"volume_{label}"
+        settings = RateSettings(column, clinical=("age", "education"))
+        result = fit_rates(cohort.together([column]), settings, Genotypes.open(cohort.genotypes, count_A1=True))
+        found = result.predict(list(same), [ASKED_YEARS] * len(same))
+        parts.append((found.mean, found.interval(LEVEL)))
+    means, ends = (torch.stack(each, 1) for each in zip(*parts, strict=True))
+    return {name: Answer(means[n], ends[n], answer.labels) for n, (name, answer) in enumerate(same.items())}
+
+
+def deformations(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
+    """S16: rates of deformation."""
+    kept = Registrations(folder / "registrations", device="cpu")
+    growth = fit_growth(cohort.together(), fields(), cohort.atlas, kept, Genotypes.open(cohort.genotypes, count_A1=True))
+    found = {}
+    for name, row in cohort.read(cohort.asked).baseline.iterrows():
+        scan = read_scan(row["scan"])
+        body = Body.of(scan, kept(scan, cohort.atlas.scan, growth.settings.to_atlas).transform, cohort.atlas, read_labels(row["labels"]))
+        told = forecast(body, growth.basis, growth.rate(str(name)), ASKED_YEARS)
+        found[str(name)] = answer(told.volumes, told.labels)
+    return found
+
+
+def codes(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
+    """S17."""
+    kept, genotypes = Registrations(folder / "registrations", device="cpu"), Genotypes.open(cohort.genotypes, count_A1=True)
+    trained = fit_codes(cohort.read(cohort.seen), CodeSettings(fields()), cohort.atlas, kept, genotypes)
+    asked = cohort.read(cohort.asked)
+    return {name: answer(told.volumes, told.labels) for name, told in predict_scans(trained, asked, kept, genotypes, labels="labels")}
+
+
+def fields() -> GrowthSettings:
+    return GrowthSettings(RateSettings("scan", clinical=("age", "education")))
+
+
+def answer(volumes: pd.DataFrame, labels: Tensor) -> Answer:
+    ordered = volumes.set_index("index").loc[list(LABELS)]
+    return Answer(torch.tensor(ordered["mean"].to_numpy(copy=True)), torch.tensor(ordered[["low", "high"]].to_numpy(copy=True)), labels)
+
+
+RUN: Mapping[str, Method] = {COPY: copied, MEAN: mean_change, SCALAR: of_volumes, GROWTH: deformations, CODES: codes}
+
+
+def rows(log: Log, folder: Path, only: Sequence[str], seed: int) -> list[Row]:
+    """A row for each method and person who was seen once."""
+    made: dict[str, MadeUp] = {}
+    found: list[Row] = []
+    for method, run in RUN.items():
+        if only and not any(word in f"follow-ups {method}" for word in only):
+            continue
+        keys = [key for key in log.rows if key.startswith(f"follow-ups/{method}/")]
+        if len(keys) < ASKED:
+            cohort = made.setdefault("cohort", MadeUp.of(folder, seed)) if not made else made["cohort"]
+            for name, said in run(cohort, folder).items():
+                log.row(f"follow-ups/{method}/{name}", lambda n=name, a=said: score(cohort, method, n, a))  # type: ignore[misc]  # noqa: B023
+            keys = [key for key in log.rows if key.startswith(f"follow-ups/{method}/")]
+        found += [log.rows[key] for key in keys]
+        print(f"follow-ups {method}: {statistics.fmean(row['error'] for row in found if row['method'] == method):.3f}", flush=True)
+    return found
+
+
+def score(cohort: MadeUp, method: str, name: str, said: Answer) -> Row:
+    """Mean over the two labels of the absolute relative error, per cent, how many intervals hold, and Dice."""
+    person, change = cohort.people[name], cohort.rates[name] * ASKED_YEARS
+    truth = person.volumes(change)
+    labels = warp(person.labels, person.scan.grid, person.at(change), person.scan.grid, fill="edge").argmax(0)
+    inside = ((said.interval[:, 0] <= truth) & (truth <= said.interval[:, 1])).double()
+    return {
+        "part": "follow-ups",
+        "method": method,
+        "subject": name,
+        "error": float(100 * (said.volumes / truth - 1).abs().mean()),
+        "inside": None if bool(said.interval.isnan().any()) else float(inside.mean()),
+        "width": None if bool(said.interval.isnan().any()) else float(100 * ((said.interval[:, 1] - said.interval[:, 0]) / truth).mean()),
+        "dice": statistics.fmean(dice(said.labels == k, labels == k) for k in LABELS),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """A line per method."""
+    lines = []
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        if own:
+            held = [row["inside"] for row in own if row["inside"] is not None]
+            lines.append(
+                {
+                    "method": method,
+                    "volume error, %": mean_sd([row["error"] for row in own], 2),
+                    "in 90 % intervals": f"{100 * statistics.fmean(held):.0f} %" if held else "–",
+                    "width, %": f"{statistics.fmean(row['width'] for row in own):.1f}" if held else "–",
+                    "Dice": mean_sd([row["dice"] for row in own]),
+                }
+            )
+    return lines
+
+
+def differences(rows: Sequence[Row]) -> str:
+    """Volume error of S17 less that of each other method."""
+    by = {method: {row["subject"]: row["error"] for row in rows if row["method"] == method} for method in METHODS}
+    parts = []
+    for method in METHODS:
+        shared = sorted(set(by[method]) & set(by[CODES]))
+        if method != CODES and shared:
+            ours, theirs = (torch.tensor([by[each][name] for name in shared]) for each in (CODES, method))
+            difference = paired_bootstrap(ours, theirs)
+            parts.append(f"{method} {difference.mean:+.2f} [{difference.lower:+.2f}, {difference.upper:+.2f}]")
+    return "Volume error of S17 less that of each method, per cent, mean over people with a 95 % paired bootstrap interval: " + "; ".join(parts) + "."

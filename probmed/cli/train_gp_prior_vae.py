@@ -1,0 +1,89 @@
+"""`probmed train gp-prior-vae`: codes of how bodies change, which follow genes, clinic and time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from probmed.cli import progress
+from probmed.cli.cohorts import TimeUnit, names_in, read_atlas
+from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
+from probmed.tables import Genotypes, Visits
+from probmed.volumes import UnusableInput
+from probmed.workflows.growth import GrowthSettings, Registrations
+from probmed.workflows.growth_outputs import REGISTRATIONS
+from probmed.workflows.longitudinal import RateSettings
+from probmed.workflows.provenance import Provenance
+from probmed.workflows.shape_code_outputs import RECORD, write_codes_run
+from probmed.workflows.shape_codes import CodeSettings, fit_codes
+
+
+def gp_prior_vae(
+    data: Annotated[Path, typer.Option(help="Table (TSV or CSV), a row a visit: subject, time, scan, covariates.", show_default=False)],
+    scans: Annotated[str, typer.Option(metavar="NAME", help="Column of scans (paths).", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; made if missing.", show_default=False)],
+    atlas_image: Annotated[Path | None, typer.Option(help="Image to which scans are brought; MNI152 by default.", show_default=False)] = None,
+    atlas_labels: Annotated[
+        Path | None, typer.Option(help="Its label map, on the same voxels; names in a .tsv beside it.", show_default=False)
+    ] = None,
+    genotypes: Annotated[
+        Path | None, typer.Option(help="PLINK .bed file of the same people, with .bim and .fam beside it.", show_default=False)
+    ] = None,
+    min_frequency: Annotated[float, typer.Option(min=0, max=0.5, help="Of the rarer allele of SNPs that are used.")] = 0.01,
+    mean: Annotated[str, typer.Option(metavar="NAMES", help="Columns, with commas, whose effect on the rate is linear.", show_default=False)] = "",
+    clinical: Annotated[str, typer.Option(metavar="NAMES", help="Columns of the clinical kernel.", show_default=False)] = "",
+    phenotype: Annotated[str, typer.Option(metavar="NAMES", help="Columns of the phenotype kernel.", show_default=False)] = "",
+    categorical: Annotated[str, typer.Option(metavar="NAMES", help="Which of these columns hold levels, not numbers.", show_default=False)] = "",
+    codes: Annotated[int, typer.Option(min=1, help="Numbers by which a change of shape is coded.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Of the training, each on all visits.")] = 1500,
+    learning_rate: Annotated[float, typer.Option(min=1e-6, help="At first; it falls to zero.")] = 5e-3,
+    spacing: Annotated[float, typer.Option(min=0.01, help="Of the fields of change, mm.")] = 3.0,
+    subject: Annotated[str, typer.Option(help="Column with the person.")] = "subject",
+    time: Annotated[str, typer.Option(help="Column with the time of the visit.")] = "time",
+    time_unit: Annotated[TimeUnit, typer.Option(help="Its unit.")] = TimeUnit.years,
+    device: DeviceOption = Device.auto,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Learn codes of how bodies change, whose prior follows genes, clinic, phenotype and time.
+
+    Baseline scans are registered to the atlas, later ones to the baseline. Into the folder go shares.tsv (how each code's variance divides),
+    codes.tsv, visits.tsv, codes.safetensors and gp-prior-vae.json. A run that was stopped goes on when the command is
+    given again.
+
+    [bold]Examples[/bold]
+
+        probmed train gp-prior-vae --data visits.tsv --scans t1 --mean age,sex --categorical sex --genotypes cohort.bed -o run
+
+        probmed predict run --data new.tsv -o out
+    """
+    with progress.in_one_line(str(data), debug) as made:
+        if (out / RECORD).exists():
+            raise UnusableInput(out, "holds a run already", "give another folder with --out")
+        check_device(device)
+        levels, used = names_in(categorical), [name for text in (mean, clinical, phenotype) for name in names_in(text)]
+        numeric = [name for name in dict.fromkeys(used) if name not in levels]
+        atlas = read_atlas(atlas_image, atlas_labels)
+        made += make_folder(out)
+        inputs = [str(path) for path in (data, genotypes, atlas_image, atlas_labels) if path is not None]
+        with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
+            tell("reading", 0.0)
+            visits = Visits.read(
+                data, time_unit=time_unit.value, subject=subject, time=time, covariates=numeric, categorical=levels, scans=[scans]
+            )
+            people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True).filtered(min_frequency=min_frequency)
+            rates = RateSettings(scans, names_in(mean), names_in(clinical), names_in(phenotype))
+            settings = CodeSettings(GrowthSettings(rates, spacing_mm=spacing), codes, steps=steps, learning_rate=learning_rate)
+            kept = Registrations(out / REGISTRATIONS, seed=seed, device=device.value)
+            trained = fit_codes(visits, settings, atlas, kept, people, seed=seed, folder=out, progress=tell)
+            provenance = Provenance.of(command_line(), seed, inputs, lines)
+            shares = write_codes_run(trained, out, provenance, subject=subject, time=time, unit=time_unit.value, genotypes=genotypes)
+    if not quiet:
+        for line in lines:
+            progress.say(f"warning: {line}", "yellow")
+        found = shares.drop(columns="code").mean().sort_values(ascending=False)
+        parts = ", ".join(f"{name} {share:.2f}" for name, share in found.items())
+        typer.echo(f"{data}: {len(trained.visits.subjects)} people\n  shares of codes' variance: {parts}\n  {out / 'shares.tsv'}")

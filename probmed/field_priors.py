@@ -1,0 +1,136 @@
+"""Distributions over fields that were learned from fields: principal components, or a smooth field of fitted strength and length.
+
+A field prior is a component whose ``forward()`` draws its latents and returns a field, ``(C, *shape)``; velocities make a deformation prior of it
+(``FlowPrior``), intensities an appearance.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import torch
+from pyro.distributions import Normal
+from pyro.nn import PyroModule
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from probmed.fields import GaussianField
+from probmed.grids import Grid
+from probmed.priors import DeformationPrior
+from probmed.transforms import Velocity
+
+
+class FieldPrior(PyroModule):
+    """What every prior over fields has: ``forward()`` returns one, ``(C, *shape)``."""
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError
+
+
+class PrincipalField(FieldPrior):
+    """Mean and principal components: x = μ + Σ_j a_j c_j, a_j ~ N(0, 1). Site: ``site``, ``(J,)``.
+
+    Arguments:
+        mean: μ, ``(C, *shape)``.
+        components: c_j, each as long as its standard deviation, ``(J, C, *shape)``.
+        site: name of the scores a.
+    """
+
+    mean: Tensor
+    components: Tensor
+
+    def __init__(self, mean: Tensor, components: Tensor, site: str = "scores") -> None:
+        super().__init__()
+        if components.shape[1:] != mean.shape or not len(components):
+            raise ValueError(f"expected components (J, {', '.join(map(str, mean.shape))}) with J > 0, got {tuple(components.shape)}")
+        self.site = site
+        self.register_buffer("mean", mean)
+        self.register_buffer("components", components)
+
+    @classmethod
+    def fit(cls, fields: Tensor, count: int | None = None, site: str = "scores") -> PrincipalField:
+        """Of fields ``(N, C, *shape)``: the sample covariance, or the ``count`` components that hold most of it.
+
+        Raises:
+            ValueError: for fewer than two fields.
+        """
+        if len(fields) < 2:
+            raise ValueError(f"expected two fields or more, got {len(fields)}")
+        mean = fields.mean(0)
+        departures = (fields - mean).flatten(1).double()
+        # N fields span N − 1 dimensions, however many voxels they have.
+        values, vectors = torch.linalg.eigh(departures @ departures.mT / (len(fields) - 1))
+        kept = min(count or len(fields) - 1, len(fields) - 1)
+        scale = ((len(fields) - 1) * values[-kept:].flip(0)).clamp_min(0)
+        directions = vectors[:, -kept:].flip(1).mT @ departures / scale.clamp_min(1e-300).sqrt()[:, None]
+        components = directions * values[-kept:].flip(0).clamp_min(0).sqrt()[:, None]
+        return cls(mean, components.to(fields).unflatten(1, fields.shape[1:]), site)
+
+    def evaluate(self, scores: Tensor) -> Tensor:
+        return self.mean + torch.tensordot(scores, self.components, 1)
+
+    def forward(self) -> Tensor:
+        return self.evaluate(pyro.sample(self.site, Normal(self.mean.new_zeros(len(self.components)), 1.0).to_event(1)))
+
+
+class SmoothField(FieldPrior):
+    """μ plus a ``GaussianField``. Site: ``site``, ``(C, *shape)``, the field itself.
+
+    Arguments:
+        mean: μ, ``(C, *shape)``.
+        spacing: mm. sd: marginal standard deviation, averaged over the grid. length_mm: correlation length. alpha: smoothness.
+    """
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor, spacing: tuple[float, ...], sd: float, length_mm: float, alpha: float = 2.0, site: str = "field") -> None:
+        super().__init__()
+        self.spacing, self.sd, self.length_mm, self.alpha, self.site = tuple(spacing), float(sd), float(length_mm), alpha, site
+        self.register_buffer("mean", mean)
+
+    @classmethod
+    def fit(cls, fields: Tensor, spacing: tuple[float, ...], alpha: float = 2.0, site: str = "field") -> SmoothField:
+        """Of fields ``(N, C, *shape)``: their mean, their standard deviation about it, and the length of most likelihood given these.
+
+        The standard deviation is not left to the likelihood, where the few broadest waves have it and thousands of fine ones have the say.
+
+        Raises:
+            ValueError: for fewer than two fields, or fields that are all the same.
+        """
+        if len(fields) < 2:
+            raise ValueError(f"expected two fields or more, got {len(fields)}")
+        mean = fields.mean(0)
+        # The mean takes one of N degrees of freedom.
+        departures = (fields - mean).double() * (len(fields) / (len(fields) - 1)) ** 0.5
+        sd = float(departures.square().mean().sqrt())
+        if not sd > 0:
+            raise ValueError("expected fields that differ, got the same several times")
+        shape, channels = fields.shape[2:], fields.shape[1]
+
+        def loss(log_length: float) -> float:
+            prior = GaussianField.from_sd(shape, spacing, torch.tensor(sd).double(), torch.tensor(math.exp(log_length)).double(), alpha, channels)
+            return -float(prior.log_prob(departures).mean())
+
+        longest = max(n * h for n, h in zip(shape, spacing, strict=True)) / 2
+        found = minimize_scalar(loss, bounds=(math.log(min(spacing) / 4), math.log(longest)), method="bounded")
+        return cls(mean, spacing, sd, math.exp(found.x), alpha, site)
+
+    def prior(self) -> GaussianField:
+        sd, length = (torch.as_tensor(value).to(self.mean) for value in (self.sd, self.length_mm))
+        return GaussianField.from_sd(self.mean.shape[1:], self.spacing, sd, length, self.alpha, self.mean.shape[0]).about(self.mean)
+
+    def forward(self) -> Tensor:
+        field: Tensor = pyro.sample(self.site, self.prior())
+        return field
+
+
+class FlowPrior(DeformationPrior):
+    """exp(v) of a velocity that a field prior draws, mm, ``(d, *grid.shape)``."""
+
+    def __init__(self, grid: Grid, velocity: FieldPrior) -> None:
+        super().__init__()
+        self.grid, self.velocity = grid, velocity
+
+    def forward(self) -> Velocity:
+        return Velocity(self.grid, self.velocity())

@@ -1,0 +1,347 @@
+"""A fitted run of rates of deformation as a folder, and forecasts from it as files.
+
+A run: ``components.tsv`` shares and tests of the kernels, whose variances are relative to the coefficients' scales; where coefficients have
+components of their own, ``shares.tsv`` those of each; for each covariate X
+``atlas_desc-XGrowth.nii.gz``, yearly relative growth of volume per unit of it, and ``_desc-XGrowthSd``, both on the atlas's voxels; ``visits.tsv``
+the visits with their coefficients, ``growth.safetensors`` atlas and basis, ``registrations`` what was registered, and ``longitudinal.json`` settings,
+components and provenance.
+
+A forecast of subject S at 2.5 years, on the voxels of the baseline scan:
+
+- ``sub-S_time-2p50_desc-predicted.nii.gz`` the follow-up scan, and ``_dseg.nii.gz`` with ``_dseg.tsv`` its labels;
+- ``sub-S_time-2p50_from-baseline_to-followup_mode-image_xfm.nii.gz`` carries images from the baseline to the follow-up;
+  ``_from-followup_to-baseline_mode-image_xfm.nii.gz`` is its inverse;
+- ``_desc-growth.nii.gz`` yearly log det, the posterior mean, ``_desc-growthSd`` its standard deviation, and ``_desc-shrinking`` the posterior
+  probability that det < 1;
+- ``_volumes.tsv`` volumes of the labels with 90 % intervals;
+- a ``.json`` beside each; and for all of them ``predictions.tsv``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from probmed.grids import Grid
+from probmed.inference.reml import at_components
+from probmed.models.longitudinal_field import CosineFields, FieldBasis, PrincipalFields
+from probmed.tables import Genotypes, Visits
+from probmed.transforms import Displacement
+from probmed.volumes import UnusableInput, Volume, atomic_write, bids_stem, read_labels, read_scan, write_labels, write_scan
+from probmed.warps import write_warp
+from probmed.workflows.growth import (
+    Body,
+    Forecast,
+    Growth,
+    GrowthSettings,
+    LabelledScan,
+    Registrations,
+    check_scans,
+    column_names,
+    forecast,
+    transported_changes,
+    with_coefficients,
+)
+from probmed.workflows.longitudinal import fit_rates
+from probmed.workflows.longitudinal_outputs import (
+    RateRun,
+    TableSource,
+    exact_text,
+    no_run,
+    read_record,
+    run_record,
+    seen_in,
+    together,
+    write_record,
+)
+from probmed.workflows.outputs import WARP_CONVENTION, check_outputs, described_table, staged, with_sidecars, write_sidecars
+from probmed.workflows.propagation import check_same_grid
+from probmed.workflows.provenance import Provenance
+from probmed.workflows.registration import RegistrationSettings
+
+FIELDS = "growth.safetensors"
+REGISTRATIONS = "registrations"
+VOLUME_COLUMNS = {
+    "index": "label in the dseg image",
+    "name": "label",
+    "baseline_ml": "volume at baseline, ml",
+    "mean": "expected volume at follow-up, ml",
+    "sd": "its posterior standard deviation, ml",
+    "low": "lower end of its central 90 % interval, ml",
+    "high": "upper end, ml",
+}
+
+
+@dataclass(frozen=True)
+class GrowthRun:
+    """A run from its folder.
+
+    Arguments:
+        rates: of the coefficients. seed: of the registrations.
+        components: variances and scales of each group of coefficients, as ``Growth`` has them.
+    """
+
+    folder: Path
+    rates: RateRun
+    components: list[tuple[Tensor, Tensor]]
+    seed: int
+    settings: GrowthSettings
+    atlas: LabelledScan
+    basis: FieldBasis
+
+    @classmethod
+    def load(cls, folder: Path) -> GrowthRun:
+        """
+        Raises:
+            UnusableInput: where there is no such run.
+        """
+        record, rates = read_record(folder), RateRun.load(folder)
+        try:
+            settings = _read_settings(record["Growth"], rates)
+            with safe_open(folder / FIELDS, framework="pt") as file:
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            grid = Grid(tuple(stored["atlas"].shape), stored["grid"])
+            scan = Volume(stored["atlas"], grid, stored["affine"].numpy())
+            atlas = LabelledScan(scan, scan.with_data(stored["labels"]), {int(k): name for k, name in record["Labels"].items()}, stored.get("mask"))
+            lattice = atlas.lattice(settings.spacing_mm)
+            basis = PrincipalFields(lattice, stored["basis"]) if "basis" in stored else CosineFields.of(lattice, settings.finest_mm)
+            pairs = zip(record["FieldVariances"], record["FieldScales"], strict=True)
+            components = [(torch.tensor(v, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)) for v, s in pairs]
+            return cls(folder, rates, components, int(record["GeneratedBy"][0]["Seed"]), settings, atlas, basis)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise no_run(folder, error) from error
+
+    def read(self, path: Path, labels: str | None = None) -> Visits:
+        """A table with the columns of the run's own; there is no scan where one is to be predicted.
+
+        Arguments:
+            labels: column with label maps of the baseline scans.
+        """
+        own, scans = self.rates.visits, [self.settings.rates.scalar, *([] if labels is None else [labels])]
+        return self.rates.source.read(path, covariates=own.covariates, categorical=own.categorical, scans=scans)
+
+    def predict(
+        self,
+        asked: Visits,
+        registrations: Registrations,
+        genotypes: Genotypes | None = None,
+        *,
+        labels: str | None = None,
+        draws: int = 200,
+        seed: int = 0,
+        tell: Callable[[float], None] = lambda share: None,
+    ) -> Iterator[tuple[str, Forecast]]:
+        """Subject and forecast for each visit without a scan that is not a person's first.
+
+        Arguments:
+            asked: of people of the run or of others, each person's first visit with a scan; later scans are used too.
+            labels: column with label maps of the baseline scans; the atlas's are carried where there is none.
+
+        Raises:
+            UnusableInput: as ``wanted``, and for someone without genotypes where the run has them.
+        """
+        wanted = self.wanted(asked)
+        registrations = replace(registrations, others=(*registrations.others, self.folder / REGISTRATIONS))
+        growth = self._with(asked, registrations, genotypes)
+        people = growth.rates.joined.subjects
+        bodies: dict[str, Body] = {}
+        for number, (subject, years) in enumerate(wanted):
+            if subject not in people:
+                raise UnusableInput(asked.path, f"asks for {subject}, who is not in the genotypes", "give genotypes of all, or leave the subject out")
+            if subject not in bodies:
+                bodies = {subject: self._body(asked, subject, registrations, labels)}
+            rate = growth.rate(subject)
+            yield subject, forecast(bodies[subject], self.basis, rate, years, spacing_mm=self.settings.spacing_mm, draws=draws, seed=seed)
+            tell((number + 1) / len(wanted))
+
+    def wanted(self, asked: Visits) -> list[tuple[str, float]]:
+        """Subject and years since baseline of what is to be predicted.
+
+        Raises:
+            UnusableInput: where that is nothing, or twice the same by its files' names; where a person's first visit is without a scan, or is not the
+                first one in the run.
+        """
+        scans, own = self.settings.rates.scalar, self.rates.visits
+        check_scans(asked, scans, self.atlas)
+        first = own.baseline["years"]
+        for subject, years in zip(asked.subjects, asked.baseline["years"], strict=True):
+            if subject in first.index and years != first[subject]:
+                fault = f"begins with a visit of {subject} at {years:g} years, and the run with one at {first[subject]:g}"
+                raise UnusableInput(asked.path, fault, "begin with the same visit, with its scan")
+        table = asked.table.assign(since=asked.years_since_baseline.numpy())
+        rows = table[table[scans].isna() & (table["since"] > 0) & ~seen_in(own, asked)]
+        if not len(rows):
+            remedy = f"leave {scans} empty in the rows that are to be predicted, after a baseline row with a scan"
+            raise UnusableInput(asked.path, "asks for no prediction of a scan", remedy)
+        found = list(zip(rows["subject"], rows["since"], strict=True))
+        stems = [forecast_names(*each)["scan"] for each in found]
+        for (subject, years), stem in zip(found, stems, strict=True):
+            if stems.count(stem) > 1:
+                fault = f"asks for {subject} at {years:g} years, whose files would have the names of another forecast"
+                raise UnusableInput(asked.path, fault, "ask for one of them, or rename the subject")
+        return found
+
+    def _with(self, asked: Visits, registrations: Registrations, genotypes: Genotypes | None) -> Growth:
+        """Conditioned on what the table knows, at the run's components."""
+        scans, own = self.settings.rates.scalar, self.rates.visits
+        new = asked.table["subject"].duplicated() & asked.table[scans].notna() & ~seen_in(own, asked)
+        rows = torch.tensor(new.to_numpy()).nonzero()[:, 0]
+        coefficients = torch.zeros(0, self.basis.columns, dtype=torch.float64)
+        if len(rows):
+            coefficients = self.basis.coefficients(transported_changes(asked, rows, self.settings, self.atlas, registrations))
+        merged = together(own, with_coefficients(asked, rows, coefficients))
+        columns, variances = column_names(self.basis.columns), self.rates.variances
+        result = fit_rates(merged, self.settings.rates, genotypes, columns=columns, known=own.subjects, variances=variances)
+        groups = result.fit.data.split() if self.settings.separate else [result.fit.data]
+        fits = [at_components(data, variances, scales=scales) for data, (variances, scales) in zip(groups, self.components, strict=True)]
+        return Growth(result, tuple(fits), self.basis, self.atlas, self.settings)
+
+    def _body(self, asked: Visits, subject: str, registrations: Registrations, labels: str | None) -> Body:
+        first = asked.baseline.loc[subject]
+        scan = read_scan(first[self.settings.rates.scalar])
+        own = None
+        if labels is not None and pd.notna(first[labels]):
+            own = read_labels(first[labels])
+            check_same_grid(own, scan)
+        return Body.of(scan, registrations.to_atlas(scan, self.atlas, self.settings.to_atlas), self.atlas, own)
+
+
+def _read_settings(record: dict[str, Any], rates: RateRun) -> GrowthSettings:
+    registration = {name: RegistrationSettings(**_tuples(record[name])) for name in ("to_atlas", "within")}
+    return GrowthSettings(**{**record, **registration, "rates": rates.settings})
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+
+
+def write_growth_run(
+    growth: Growth,
+    folder: Path,
+    provenance: Provenance,
+    source: TableSource,
+    tell: Callable[[float], None] = lambda share: None,
+) -> pd.DataFrame:
+    """Write a run into a folder, all files or none.
+
+    Returns:
+        The table of components.
+
+    Raises:
+        UnusableInput: where a file cannot be written.
+    """
+    result, settings, scan = growth.rates, growth.settings, growth.atlas.scan
+    components = result.component_table(tell)
+    record = run_record(result, provenance, source)
+    record["FieldVariances"] = [fit.variances.tolist() for fit in growth.fits]
+    record["FieldScales"] = [fit.scales.tolist() for fit in growth.fits]
+    record["Growth"] = {name: value for name, value in asdict(settings).items() if name != "rates"}
+    record["Labels"] = growth.atlas.names
+    tensors = {"atlas": scan.data, "labels": growth.atlas.labels.data, "grid": scan.grid.affine, "affine": torch.from_numpy(scan.affine)}
+    if growth.atlas.mask is not None:
+        tensors["mask"] = growth.atlas.mask
+    if isinstance(growth.basis, PrincipalFields):
+        tensors["basis"] = growth.basis.vectors
+    with staged(folder, "longitudinal") as stage:
+        (stage / "components.tsv").write_text(exact_text(components), encoding="utf-8")
+        if settings.separate:
+            (stage / "shares.tsv").write_text(exact_text(growth.share_table()), encoding="utf-8")
+        for name, maps in growth.effect_maps().items():
+            for what, values in zip(("Growth", "GrowthSd"), maps, strict=True):
+                write_scan(stage / f"atlas_desc-{_word(name)}{what}.nii.gz", values, scan)
+        with atomic_write(stage / FIELDS) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        write_record(stage, result, record)
+    return components
+
+
+def forecast_names(subject: str, years: float) -> dict[str, str]:
+    """Names of all files of a forecast: what it is → name."""
+    stem = f"sub-{_word(subject.removeprefix('sub-'))}_time-{years:.2f}".replace(".", "p")
+    return {
+        "scan": f"{stem}_desc-predicted.nii.gz",
+        "dseg": f"{stem}_dseg.nii.gz",
+        "labels": f"{stem}_dseg.tsv",
+        "warp": f"{stem}_from-baseline_to-followup_mode-image_xfm.nii.gz",
+        "inverse": f"{stem}_from-followup_to-baseline_mode-image_xfm.nii.gz",
+        "growth": f"{stem}_desc-growth.nii.gz",
+        "growth sd": f"{stem}_desc-growthSd.nii.gz",
+        "shrinking": f"{stem}_desc-shrinking.nii.gz",
+        "volumes": f"{stem}_volumes.tsv",
+    }
+
+
+def _word(name: str) -> str:
+    """As BIDS allows it, letters and digits."""
+    return re.sub(r"[^0-9A-Za-z]", "", name) or "x"
+
+
+def check_forecast_outputs(folder: Path, wanted: Iterable[tuple[str, float]], protect: Iterable[Path]) -> None:
+    """Refuse, before any work, to replace an input or what `probmed predict` did not write.
+
+    Raises:
+        UnusableInput: naming the file.
+    """
+    for subject, years in wanted:
+        names = forecast_names(subject, years)
+        stem = names["scan"].removesuffix("_desc-predicted.nii.gz")
+        check_outputs(folder, with_sidecars(names), stem, protect, "_desc-predicted.json", "probmed predict")
+
+
+def write_forecast(found: Forecast, folder: Path, subject: str, provenance: Provenance, protect: Iterable[Path] = ()) -> pd.DataFrame:
+    """Write every file of a forecast into a folder, which has to exist, all or none.
+
+    Returns:
+        Its rows of ``predictions.tsv``.
+
+    Raises:
+        UnusableInput: where a file would replace an input or one that the command did not write, or cannot be written; then none is.
+    """
+    check_forecast_outputs(folder, [(subject, found.years)], protect)
+    names = forecast_names(subject, found.years)
+    table = found.volumes[list(VOLUME_COLUMNS)]
+    with staged(folder, bids_stem(names["scan"])) as stage:
+        described = _write_images(found, stage, names) | _write_warps(found, stage, names)
+        (stage / names["labels"]).write_text(table[["index", "name"]].to_csv(sep="\t", index=False, lineterminator="\n"), encoding="utf-8")
+        (stage / names["volumes"]).write_text(exact_text(table), encoding="utf-8")
+        described["volumes"] = described_table(f"Volumes at {found.years:g} years after the baseline.", VOLUME_COLUMNS)
+        write_sidecars(stage, names, described, provenance)
+    return pd.concat([pd.DataFrame({"subject": subject, "years": found.years}, index=table.index), table], axis=1)
+
+
+def _write_images(found: Forecast, stage: Path, names: dict[str, str]) -> dict[str, dict[str, Any]]:
+    like = found.baseline
+    images = {
+        "scan": (found.predicted, f"The scan as it will look {found.years:g} years after the baseline, on the baseline's voxels."),
+        "growth": (found.growth, "Log of the Jacobian's determinant, per year, posterior mean; below 0 the body shrinks."),
+        "growth sd": (found.growth_sd, "Its posterior standard deviation."),
+        "shrinking": (found.shrinking, "Posterior probability that the determinant is below 1."),
+    }
+    for what, (data, _) in images.items():
+        write_scan(stage / names[what], data, like)
+    write_labels(stage / names["dseg"], found.labels, like)
+    labels = {name: index for index, name in zip(found.volumes["index"].tolist(), found.volumes["name"], strict=True)}
+    described: dict[str, dict[str, Any]] = {what: {"Description": text} for what, (_, text) in images.items()}
+    return described | {"dseg": {"Description": "Labels at that time, of the nearest voxel.", "Labels": labels}}
+
+
+def _write_warps(found: Forecast, stage: Path, names: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def field(what: str, transform: Displacement, way: str) -> dict[str, Any]:
+        # A node more on each side, for points near the edge.
+        write_warp(stage / names[what], transform, transform.grid.padded(1))
+        spacing = [round(h, 4) for h in transform.grid.spacing]
+        return {"Description": f"Carries images {way}.", "Convention": WARP_CONVENTION, "SpacingMillimetres": spacing}
+
+    return {
+        "warp": field("warp", found.transform, "from the baseline to the follow-up"),
+        "inverse": field("inverse", found.inverse, "from the follow-up to the baseline"),
+    }

@@ -1,0 +1,297 @@
+"""Codes of how bodies change: what `probmed train gp-prior-vae` does, as one function, and forecasts from it.
+
+Register the atlas to each baseline scan, and each baseline to its follow-ups → carry the logarithms of the latter to the atlas → their
+coefficients in a basis of fields → a variational autoencoder of these, whose codes have a Gaussian process over people and time as prior: nothing at
+the baseline, and a rate that follows genes, clinic and the person → for anyone with a baseline scan and any time draws of codes, hence of the scan
+to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from probmed.inference.gp_prior import exact_loss, forecast_codes
+from probmed.inference.parameters import seeded
+from probmed.inference.training import Row, TrainingSettings, train
+from probmed.models.gp_prior_vae import CodePrior, Cohort, GPPriorGuide, GPPriorVAE, Linear, PixelNormal, Slope, pad_visits
+from probmed.models.longitudinal_field import FieldBasis
+from probmed.slopes import DenseKernels, FollowUps
+from probmed.tables import Genotypes, Joined, Visits, join
+from probmed.volumes import UnusableInput, read_labels, read_scan
+from probmed.workflows.growth import (
+    Body,
+    Forecast,
+    GrowthSettings,
+    LabelledScan,
+    Registrations,
+    check_scans,
+    choose_basis,
+    follow_up_rows,
+    forecast_from,
+    transported_changes,
+)
+from probmed.workflows.longitudinal import explained
+from probmed.workflows.longitudinal_outputs import together
+from probmed.workflows.propagation import check_same_grid
+
+EQUATION = "z_l ~ GP(Δx xᵀβ_l, Δx Δx' Σ_k τ_lk K_k + noise), c ~ N(f(z) − f(0), σ²), scan_t = scan_B ∘ exp(−Σ_j c_j b_j)"
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """The autoencoder, and what its codes follow.
+
+    Arguments:
+        growth: columns, lattice, basis and registrations.
+        codes: L. hidden: width of the two hidden layers of encoder and decoder.
+        steps, learning_rate: of the training on all visits at once.
+    """
+
+    growth: GrowthSettings
+    codes: int = 2
+    hidden: int = 32
+    steps: int = 1500
+    learning_rate: float = 5e-3
+
+    def __post_init__(self) -> None:
+        if min(self.codes, self.hidden, self.steps) < 1 or not self.learning_rate > 0:
+            raise ValueError(f"expected positive numbers, got {self.codes}, {self.hidden}, {self.steps} and {self.learning_rate}")
+
+
+class Perceptron(nn.Module):
+    """A linear map and a network of two hidden layers beside it, which begins at zero.
+
+    Arguments:
+        centred: whether zeros give zeros.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, centred: bool = False) -> None:
+        super().__init__()
+        self.centred = centred
+        self.linear = nn.Linear(inputs, outputs)
+        last = nn.Linear(hidden, outputs)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.bent = nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) + self.bent(x)
+        if not self.centred:
+            return y
+        none = torch.zeros_like(x[:1])
+        return y - self.linear(none) - self.bent(none)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class ShapeCodes:
+    """A trained autoencoder.
+
+    Arguments:
+        basis: b. visits: those that it was trained on.
+        coefficients: c of each visit, ``(N, J)`` in units of ``scale`` mm, NaN at baselines and without a scan.
+        names: of the kernels. time_scale: years that are one in its time.
+    """
+
+    settings: CodeSettings
+    atlas: LabelledScan
+    basis: FieldBasis
+    model: GPPriorVAE
+    guide: GPPriorGuide
+    visits: Visits
+    coefficients: Tensor
+    scale: float
+    names: tuple[str, ...]
+    time_scale: float
+    log: list[Row] = field(default_factory=list)
+
+    def shares(self) -> pd.DataFrame:
+        """A row a code: how its variance divides among the components, at ``time_scale`` years, and noise."""
+        prior = self.model.prior
+        return pd.DataFrame(prior.shares.tolist(), columns=[*prior.components, "noise"]).rename_axis("code").reset_index()
+
+
+def fit_codes(
+    visits: Visits,
+    settings: CodeSettings,
+    atlas: LabelledScan,
+    registrations: Registrations,
+    genotypes: Genotypes | None = None,
+    *,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Callable[[str, float], None] = lambda stage, share: None,
+) -> ShapeCodes:
+    """Register a cohort, and train.
+
+    Arguments:
+        visits: with ``settings.growth.rates.scalar`` among its columns of scans.
+        folder: where the training keeps its checkpoint.
+        progress: called with a stage's name and the share of the work done.
+
+    Raises:
+        UnusableInput: as ``fit_growth``.
+    """
+    growth = settings.growth
+    joined = join(visits, genotypes=genotypes)
+    check_scans(joined.visits, growth.rates.scalar, atlas)
+    rows = follow_up_rows(joined.visits, growth.rates.scalar)
+    years = joined.visits.years_since_baseline
+    time_scale = float(years[rows].square().mean().sqrt())
+    cohort, names = described(joined, settings, joined.subjects, time_scale)
+    fields = transported_changes(joined.visits, rows, growth, atlas, registrations, lambda share: progress("registering", 0.6 * share))
+    follow_ups = FollowUps(years[rows], joined.visits.person[rows], len(joined.subjects))
+    basis = choose_basis(fields, follow_ups, growth, atlas.lattice(growth.spacing_mm), visits.path)
+    found = basis.coefficients(fields)
+    scale = float(found.square().sum(1).mean().sqrt())
+    coefficients = torch.full((len(joined.visits), basis.columns), torch.nan, dtype=torch.float64)
+    coefficients[rows] = found / scale
+    model, guide = build(settings, cohort.inputs["fixed"].shape[-1], names, basis.columns, seed)
+    images = pad_visits(joined.visits.person, coefficients)
+    known = cohort.only(~images.isnan().all(-1))
+    log = train(
+        lambda _: exact_loss(model, guide, known, images) / len(rows),
+        {"model": model, "guide": guide},
+        lambda generator: None,
+        TrainingSettings(settings.steps, settings.learning_rate, clip_norm=None, seed=seed, every=max(1, settings.steps // 20)),
+        folder=folder,
+        tell=lambda row, share: progress("training", 0.6 + 0.4 * share),
+    )
+    return ShapeCodes(settings, atlas, basis, model, guide, joined.visits, coefficients, scale, names, time_scale, log)
+
+
+def build(settings: CodeSettings, fixed: int, names: Sequence[str], columns: int, seed: int = 0) -> tuple[GPPriorVAE, GPPriorGuide]:
+    """Model and guide before training.
+
+    Arguments:
+        fixed: number of fixed effects. names: of the kernels. columns: J.
+    """
+    with seeded(seed):
+        components: dict[str, nn.Module] = {name: Linear() for name in names} | {"own": Slope()}
+        prior = CodePrior(settings.codes, components, {"fixed": nn.Linear(fixed, settings.codes, bias=False)})
+        model = GPPriorVAE(prior, Perceptron(settings.codes, settings.hidden, columns, centred=True), PixelNormal(0.2))
+        guide = GPPriorGuide(model, Perceptron(columns, settings.hidden, 2 * settings.codes))
+    return model.double(), guide.double()
+
+
+def described(joined: Joined, settings: CodeSettings, reference: Sequence[str], time_scale: float) -> tuple[Cohort, tuple[str, ...]]:
+    """What is known of every visit: time, covariates and roots of the kernels between people, all times time. And the names of the kernels.
+
+    Arguments:
+        reference: people by whom columns are standardised and alleles counted.
+    """
+    visits, person = joined.visits, joined.visits.person
+    everyone = torch.arange(len(joined.subjects))
+    rates = replace(settings.growth.rates, own=True, baseline="none")
+    once = FollowUps(torch.ones(len(everyone), dtype=torch.float64), everyone, len(everyone))
+    data, kernels, _ = explained(joined, rates, once, torch.zeros(len(everyone), dtype=torch.float64), reference)
+    if not isinstance(data.relationship, DenseKernels):
+        raise TypeError(f"expected DenseKernels, got {type(data.relationship).__name__}")
+    time = (visits.years_since_baseline / time_scale)[:, None]
+    chosen = torch.tensor([joined.subjects.index(name) for name in reference])
+    spread = data.design[chosen].std(0, correction=0)
+    scale = torch.where(spread > 0, spread, 1.0)
+    inputs = {"fixed": time * (data.design / scale)[person], "own": time}
+    roots = {name: _root(matrix) for name, matrix in zip(kernels, data.relationship.matrices, strict=True) if name != "own"}
+    inputs |= {name: time * root[person] for name, root in roots.items()}
+    return Cohort.of(person, inputs), tuple(roots)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """R √D with R Rᵀ = K, which ``Linear`` divides by √D again."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > 1e-9 * values[-1]
+    return vectors[:, kept] * values[kept].sqrt() * int(kept.sum()) ** 0.5
+
+
+@torch.no_grad()
+def predict_scans(
+    codes: ShapeCodes,
+    asked: Visits,
+    registrations: Registrations,
+    genotypes: Genotypes | None = None,
+    *,
+    labels: str | None = None,
+    draws: int = 200,
+    seed: int = 0,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Iterator[tuple[str, Forecast]]:
+    """Subject and forecast for each visit without a scan that is not a person's first.
+
+    Arguments:
+        asked: of people of the run or of others, each person's first visit with a scan; later scans are used too.
+        labels: column with label maps of the baseline scans; the atlas's are carried where there is none.
+
+    Raises:
+        UnusableInput: where nothing is asked for, or as ``check_scans``.
+    """
+    growth = codes.settings.growth
+    scans = growth.rates.scalar
+    check_scans(asked, scans, codes.atlas)
+    since = dict(zip(_keys(asked), asked.years_since_baseline.tolist(), strict=True))
+    wanted = [key for key, lacks in zip(_keys(asked), asked.table[scans].isna(), strict=True) if lacks and since[key] > 0]
+    if not wanted:
+        remedy = f"leave {scans} empty in the rows that are to be predicted, after a baseline row with a scan"
+        raise UnusableInput(asked.path, "asks for no prediction of a scan", remedy)
+    joined = join(together(codes.visits, asked), genotypes=genotypes)
+    known = set(codes.visits.subjects)
+    cohort, _ = described(joined, codes.settings, [name for name in joined.subjects if name in known], codes.time_scale)
+    drawn = draw_codes(codes, cohort, pad_visits(joined.visits.person, _coefficients(codes, joined.visits, asked, registrations)), draws, seed)
+    place = dict(zip(_keys(joined.visits), _places(joined.visits.person), strict=True))
+    for number, (subject, time) in enumerate(wanted):
+        first, years = asked.baseline.loc[subject], since[subject, time]
+        scan = read_scan(first[scans])
+        own = None if labels is None or pd.isna(first[labels]) else read_labels(first[labels])
+        if own is not None:
+            check_same_grid(own, scan)
+        body = Body.of(scan, registrations(scan, codes.atlas.scan, growth.to_atlas).transform, codes.atlas, own)
+        # What the decoder expects, without the coefficients' own noise: that is of registrations, and the intervals are of the body.
+        person, visit = place[subject, time]
+        changes = codes.scale * codes.model.decoder(drawn[:, person, visit])
+        yield subject, forecast_from(body, codes.basis, changes.mean(0) / years, changes / years, years, spacing_mm=growth.spacing_mm)
+        tell((number + 1) / len(wanted))
+
+
+def _coefficients(codes: ShapeCodes, merged: Visits, asked: Visits, registrations: Registrations) -> Tensor:
+    """Of all visits of the run's people and others, ``(N, J)``, NaN at baselines and where there is no scan."""
+    own = dict(zip(_keys(codes.visits), codes.coefficients, strict=True))
+    later = asked.table["subject"].duplicated() & asked.table[codes.settings.growth.rates.scalar].notna()
+    rows = [row for row, (key, seen) in enumerate(zip(_keys(asked), later, strict=True)) if seen and key not in own]
+    if rows:
+        fields = transported_changes(asked, torch.tensor(rows), codes.settings.growth, codes.atlas, registrations)
+        keys = _keys(asked)
+        own |= dict(zip((keys[row] for row in rows), codes.basis.coefficients(fields) / codes.scale, strict=True))
+    none = torch.full((codes.basis.columns,), torch.nan, dtype=torch.float64)
+    return torch.stack([own.get(key, none) for key in _keys(merged)])
+
+
+def _keys(visits: Visits) -> list[tuple[str, float]]:
+    return list(zip(visits.table["subject"], visits.table["years"], strict=True))
+
+
+def _places(person: Tensor) -> list[tuple[int, int]]:
+    """Of each visit its person and its number among theirs."""
+    counts: dict[int, int] = {}
+    found = []
+    for each in person.tolist():
+        found.append((each, counts.get(each, 0)))
+        counts[each] = found[-1][1] + 1
+    return found
+
+
+@torch.no_grad()
+def draw_codes(codes: ShapeCodes, cohort: Cohort, coefficients: Tensor, draws: int, seed: int = 0) -> Tensor:
+    """Codes at all visits given the coefficients that are known, ``(draws, P, T, L)``.
+
+    Arguments:
+        coefficients: ``(P, T, J)``, NaN at visits that nobody has seen.
+    """
+    known = cohort.present & ~coefficients.isnan().all(-1)
+    mean, sd = codes.guide.encode(cohort.only(known), coefficients)
+    with seeded(seed):
+        return forecast_codes(codes.model.prior(cohort), known, mean, sd).draws(draws)
