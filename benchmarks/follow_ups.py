@@ -203,7 +203,7 @@ def deformations(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
     found = {}
     for name, row in cohort.read(cohort.asked).baseline.iterrows():
         scan = read_scan(row["scan"])
-        body = Body.of(scan, kept(scan, cohort.atlas.scan, growth.settings.to_atlas).transform, cohort.atlas, read_labels(row["labels"]))
+        body = Body.of(scan, kept.to_atlas(scan, cohort.atlas, growth.settings.to_atlas), cohort.atlas, read_labels(row["labels"]))
         told = forecast(body, growth.basis, growth.rate(str(name)), ASKED_YEARS)
         found[str(name)] = answer(told.volumes, told.labels)
     return found

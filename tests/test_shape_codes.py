@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from probmed.cli import app
 from probmed.grids import Grid
 from probmed.tables import Visits
-from probmed.transforms import Affine, Velocity
+from probmed.transforms import Affine, Transform, Velocity
 from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
 from probmed.workflows.growth import GrowthSettings, LabelledScan, Registered
 from probmed.workflows.longitudinal import RateSettings
+from probmed.workflows.longitudinal_outputs import TableSource
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.shape_code_outputs import CodesRun, write_codes_run
 from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, fit_codes, predict_scans
@@ -70,7 +71,10 @@ class Discs:
         pd.DataFrame(rows).to_csv(path, sep="\t", index=False, na_rep="n/a")
         return path
 
-    def register(self, moving: Volume, fixed: Volume, settings: Any) -> Registered:
+    def to_atlas(self, scan: Volume, atlas: LabelledScan, settings: Any) -> Transform:
+        return self(scan, atlas.scan, settings).transform
+
+    def __call__(self, moving: Volume, fixed: Volume, settings: Any) -> Registered:
         """What a registration would find, with an error: to the atlas, or to the person's baseline."""
         assert moving.path is not None
         person, years = moving.path.name.removesuffix(".nii.gz").removeprefix("p").split("_")
@@ -90,7 +94,7 @@ def read(path: Path) -> Visits:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Discs, ShapeCodes]:
     discs = Discs.of(40, tmp_path_factory.mktemp("discs"))
     visits = read(discs.table(range(30), (0.0, 1.0, 2.5)))
-    return discs, fit_codes(visits, SETTINGS, disc(), discs.register)  # type: ignore[arg-type]
+    return discs, fit_codes(visits, SETTINGS, disc(), discs)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -99,7 +103,7 @@ def test_volumes_of_people_who_were_not_there_are_predicted_from_their_baseline_
     assert codes.log[-1]["loss"] < codes.log[0]["loss"]
     asked = read(discs.table(range(30, 40), (0.0, 2.0), unseen=(2.0,)))
     errors, held, same = [], [], []
-    for subject, found in predict_scans(codes, asked, discs.register, draws=100):  # type: ignore[arg-type]
+    for subject, found in predict_scans(codes, asked, discs, draws=100):  # type: ignore[arg-type]
         person = int(subject[1:])
         truth = math.exp(2 * 2.0 * float(discs.rate[person]))
         row = found.volumes.iloc[0]
@@ -124,19 +128,19 @@ def test_shares_of_a_code_s_variance_sum_to_one(trained: tuple[Discs, ShapeCodes
 def test_requests_that_cannot_be_met_get_one_line(trained: tuple[Discs, ShapeCodes]) -> None:
     discs, codes = trained
     with pytest.raises(UnusableInput, match="asks for no prediction of a scan"):
-        next(predict_scans(codes, read(discs.table(range(30, 32), (0.0, 1.0))), discs.register))  # type: ignore[arg-type]
+        next(predict_scans(codes, read(discs.table(range(30, 32), (0.0, 1.0))), discs))  # type: ignore[arg-type]
     with pytest.raises(UnusableInput, match="has no follow-up scan of anyone"):
-        fit_codes(read(discs.table(range(2), (0.0,))), SETTINGS, disc(), discs.register)  # type: ignore[arg-type]
+        fit_codes(read(discs.table(range(2), (0.0,))), SETTINGS, disc(), discs)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_a_run_in_a_folder_predicts_the_same(trained: tuple[Discs, ShapeCodes], tmp_path: Path) -> None:
     discs, codes = trained
-    write_codes_run(codes, tmp_path, Provenance.of("probmed train gp-prior-vae", 0, [], []), subject="subject", time="time", unit="years")
+    write_codes_run(codes, tmp_path, Provenance.of("probmed train gp-prior-vae", 0, [], []), TableSource())
     run = CodesRun.load(tmp_path)
     path = discs.table(range(30, 32), (0.0, 2.0), unseen=(2.0,))
     volumes = [
-        pd.concat([found.volumes for _, found in predict_scans(each, asked, discs.register, draws=20)])  # type: ignore[arg-type, misc]
+        pd.concat([found.volumes for _, found in predict_scans(each, asked, discs, draws=20)])  # type: ignore[arg-type, misc]
         for each, asked in ((codes, read(path)), (run.codes, run.read(path)))
     ]
     pd.testing.assert_frame_equal(*volumes)
@@ -171,5 +175,12 @@ def test_from_scans_to_a_run_on_the_command_line(tmp_path: Path, monkeypatch: py
     run = CodesRun.load(tmp_path / "run")
     assert run.codes.coefficients.shape[0] == 16 and run.codes.names == ()
     assert {"checkpoint.safetensors", "log.csv", "shares.tsv", "codes.tsv"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    asked = pd.read_csv(table, sep="\t").astype({"time": float})
+    asked.loc[asked["time"] == 3.0, "time"] = 1.5
+    asked.assign(scan=asked["scan"].where(asked["time"] == 0)).head(2).to_csv("asked.tsv", sep="\t", index=False, na_rep="n/a")
+    foretold = CliRunner().invoke(app, ["predict", "run", "--data", "asked.tsv", "-o", "out", "--draws", "5"])
+    assert foretold.exit_code == 0, foretold.output
+    assert "1 predictions of scan" in foretold.stdout
+    assert len(pd.read_csv("out/predictions.tsv", sep="\t")) == 1 and Path("out/sub-p00_time-1p50_dseg.nii.gz").exists()
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "holds a run already" in again.stderr

@@ -17,6 +17,8 @@ from probmed.workflows.growth_outputs import REGISTRATIONS, VOLUME_COLUMNS, Grow
 from probmed.workflows.longitudinal_outputs import RECORD, RateRun, exact_text, read_record
 from probmed.workflows.outputs import check_outputs, described_table, staged, write_sidecars
 from probmed.workflows.provenance import Provenance
+from probmed.workflows.shape_code_outputs import RECORD as CODES_RECORD
+from probmed.workflows.shape_code_outputs import CodesRun
 
 _PLACE = {"subject": "as in the table", "years": "since the subject's baseline"}
 _COLUMNS = {
@@ -29,7 +31,7 @@ _COLUMNS = {
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `probmed train longitudinal`.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `probmed train longitudinal` or `gp-prior-vae`.")],
     data: Annotated[
         Path, typer.Option(help="Table with the run's columns; the scalar or scan is empty where it is to be predicted.", show_default=False)
     ],
@@ -59,11 +61,10 @@ def predict(
     """
     with progress.in_one_line(str(data), debug) as made:
         check_device(device)
-        fields = "Growth" in read_record(run)
-        fitted = GrowthRun.load(run) if fields else RateRun.load(run)
-        source = fitted.rates.source if isinstance(fitted, GrowthRun) else fitted.source
-        plink = genotypes or source.genotypes
-        inputs = [str(path) for path in (run / RECORD, data, plink) if path is not None]
+        fitted = _load(run)
+        plink = genotypes or fitted.source.genotypes
+        record = run / (CODES_RECORD if isinstance(fitted, CodesRun) else RECORD)
+        inputs = [str(path) for path in (record, data, plink) if path is not None]
         check_outputs(out, ["predictions.tsv", "predictions.json"], "predictions", [data], ".json", "probmed predict")
         made += make_folder(out)
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
@@ -74,7 +75,7 @@ def predict(
                 what, columns = fitted.settings.scalar, _COLUMNS
                 table = fitted.predict(fitted.read(data), people)
             else:
-                what, columns = fitted.settings.rates.scalar, _PLACE | VOLUME_COLUMNS
+                what, columns = fitted.scans, _PLACE | VOLUME_COLUMNS
                 asked = fitted.read(data, labels)
                 check_forecast_outputs(out, fitted.wanted(asked), [data])
                 kept = Registrations(out / REGISTRATIONS, seed=fitted.seed, device=device.value)
@@ -89,3 +90,10 @@ def predict(
             progress.say(f"warning: {line}", "yellow")
         count = len(table.drop_duplicates(["subject", "years"]))
         typer.echo(f"{data}: {count} predictions of {what}\n  {out / 'predictions.tsv'}")
+
+
+def _load(run: Path) -> RateRun | GrowthRun | CodesRun:
+    """By the record that is in the folder."""
+    if (run / CODES_RECORD).exists():
+        return CodesRun.load(run)
+    return GrowthRun.load(run) if "Growth" in read_record(run) else RateRun.load(run)

@@ -10,11 +10,12 @@ import typer
 from probmed.cli import progress
 from probmed.cli.cohorts import TimeUnit, names_in, read_atlas
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
-from probmed.tables import Genotypes, Visits
+from probmed.tables import Genotypes
 from probmed.volumes import UnusableInput
 from probmed.workflows.growth import GrowthSettings, Registrations
 from probmed.workflows.growth_outputs import REGISTRATIONS
 from probmed.workflows.longitudinal import RateSettings
+from probmed.workflows.longitudinal_outputs import TableSource
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.shape_code_outputs import RECORD, write_codes_run
 from probmed.workflows.shape_codes import CodeSettings, fit_codes
@@ -39,7 +40,9 @@ def gp_prior_vae(
     codes: Annotated[int, typer.Option(min=1, help="Numbers by which a change of shape is coded.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Of the training, each on all visits.")] = 1500,
     learning_rate: Annotated[float, typer.Option(min=1e-6, help="At first; it falls to zero.")] = 5e-3,
-    spacing: Annotated[float, typer.Option(min=0.01, help="Of the fields of change, mm.")] = 3.0,
+    spacing: Annotated[
+        float | None, typer.Option(min=0.01, help="Of the fields of change, mm; 3 by default, less for a small atlas.", show_default=False)
+    ] = None,
     subject: Annotated[str, typer.Option(help="Column with the person.")] = "subject",
     time: Annotated[str, typer.Option(help="Column with the time of the visit.")] = "time",
     time_unit: Annotated[TimeUnit, typer.Option(help="Its unit.")] = TimeUnit.years,
@@ -71,16 +74,15 @@ def gp_prior_vae(
         inputs = [str(path) for path in (data, genotypes, atlas_image, atlas_labels) if path is not None]
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
             tell("reading", 0.0)
-            visits = Visits.read(
-                data, time_unit=time_unit.value, subject=subject, time=time, covariates=numeric, categorical=levels, scans=[scans]
-            )
-            people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True).filtered(min_frequency=min_frequency)
-            rates = RateSettings(scans, names_in(mean), names_in(clinical), names_in(phenotype))
+            source = TableSource(subject, time, time_unit.value, genotypes)
+            visits = source.read(data, covariates=numeric, categorical=levels, scans=[scans])
+            people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True)
+            rates = RateSettings(scans, names_in(mean), names_in(clinical), names_in(phenotype), min_frequency=min_frequency)
             settings = CodeSettings(GrowthSettings(rates, spacing_mm=spacing), codes, steps=steps, learning_rate=learning_rate)
             kept = Registrations(out / REGISTRATIONS, seed=seed, device=device.value)
             trained = fit_codes(visits, settings, atlas, kept, people, seed=seed, folder=out, progress=tell)
             provenance = Provenance.of(command_line(), seed, inputs, lines)
-            shares = write_codes_run(trained, out, provenance, subject=subject, time=time, unit=time_unit.value, genotypes=genotypes)
+            shares = write_codes_run(trained, out, provenance, source)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")

@@ -8,24 +8,16 @@ from typing import Annotated
 
 import typer
 
-from probmed.atlases import default_atlas
 from probmed.cli import progress
+from probmed.cli.cohorts import TimeUnit, names_in, read_atlas
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
 from probmed.tables import Genotypes
-from probmed.volumes import UnusableInput, read_scan
-from probmed.workflows.growth import GrowthSettings, LabelledScan, Registrations, fit_growth
+from probmed.volumes import UnusableInput
+from probmed.workflows.growth import GrowthSettings, Registrations, fit_growth
 from probmed.workflows.growth_outputs import REGISTRATIONS, write_growth_run
 from probmed.workflows.longitudinal import RateSettings, fit_rates
 from probmed.workflows.longitudinal_outputs import RECORD, TableSource, write_run
-from probmed.workflows.propagation import read_moving_labels
 from probmed.workflows.provenance import Provenance
-
-
-class TimeUnit(str, Enum):
-    """Of the column of time."""
-
-    years = "years"
-    days = "days"
 
 
 class Basis(str, Enum):
@@ -55,8 +47,12 @@ def longitudinal(
         Path | None, typer.Option(help="Its label map, on the same voxels; names in a .tsv beside it.", show_default=False)
     ] = None,
     basis: Annotated[Basis, typer.Option(help="Fields of which rates of deformation consist.")] = Basis.principal,
-    spacing: Annotated[float, typer.Option(min=0.01, help="Of these fields, mm.")] = 3.0,
-    separate: Annotated[bool, typer.Option("--separate", help="Of scans: variance components for each coefficient of a field.")] = False,
+    spacing: Annotated[
+        float | None, typer.Option(min=0.01, help="Of these fields, mm; 3 by default, less for a small atlas.", show_default=False)
+    ] = None,
+    separate: Annotated[
+        bool, typer.Option("--separate/--common", help="Of scans: variance components for each coefficient of a field, or shares in common.")
+    ] = True,
     genotypes: Annotated[
         Path | None, typer.Option(help="PLINK .bed file of the same people, with .bim and .fam beside it.", show_default=False)
     ] = None,
@@ -97,9 +93,9 @@ def longitudinal(
             raise UnusableInput(out, "holds a run already", "give another folder with --out")
         explained = _explained(data, scalar, scans)
         check_device(device)
-        levels, used = _names(categorical), [name for text in (mean, clinical, phenotype) for name in _names(text)]
+        levels, used = names_in(categorical), [name for text in (mean, clinical, phenotype) for name in names_in(text)]
         numeric = [name for name in dict.fromkeys(used) if name not in levels and name != scalar]
-        atlas = None if scans is None else _read_atlas(atlas_image, atlas_labels)
+        atlas = None if scans is None else read_atlas(atlas_image, atlas_labels)
         made += make_folder(out)
         inputs = [str(path) for path in (data, genotypes, atlas_image, atlas_labels) if path is not None]
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
@@ -108,7 +104,7 @@ def longitudinal(
             role = "scalars" if scans is None else "scans"
             visits = source.read(data, covariates=numeric, categorical=levels, **{role: [explained]})
             people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True)
-            settings = RateSettings(explained, _names(mean), _names(clinical), _names(phenotype), own, baseline.value, min_frequency)
+            settings = RateSettings(explained, names_in(mean), names_in(clinical), names_in(phenotype), own, baseline.value, min_frequency)
             if atlas is None:
                 tell("components", 0.1)
                 result = fit_rates(visits, settings, people)
@@ -138,20 +134,3 @@ def _explained(data: Path, scalar: str | None, scans: str | None) -> str:
     if len(chosen) != 1:
         raise UnusableInput(data, f"is to be explained in {len(chosen)} columns", "give one of --scalar and --scans")
     return chosen[0]
-
-
-def _read_atlas(image: Path | None, labels: Path | None) -> LabelledScan:
-    """
-    Raises:
-        UnusableInput: where one is given without the other, or as ``read_moving_labels``.
-    """
-    if image is None and labels is None:
-        return LabelledScan.of(default_atlas())
-    if image is None or labels is None:
-        raise UnusableInput(str(image or labels), "is an atlas's image or labels alone", "give both --atlas-image and --atlas-labels, or neither")
-    scan = read_scan(image)
-    return LabelledScan(scan, *read_moving_labels(labels, scan))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -35,6 +35,7 @@ from probmed.workflows.registration import RegistrationSettings, check_pair, pla
 EQUATION = "scan_t = scan_B ∘ exp(−Δx w), (Dφ)⁻¹ w∘φ = Σ_j b_j (xᵀβ_j + h_Gj + h_Cj + h_yj + h_own,j)"
 BASES = ("principal", "cosine")
 LEVEL = 0.9  # of intervals
+_SPACING_MM, _NODES = 3.0, 24  # of the lattice of rates, and along the shortest side at least
 _TELLABLE = 1e-6  # share of the mean square, beyond float32's errors
 _FOLDED = 1e-6  # of a determinant, below which there is no logarithm
 _MARGIN = 5  # nodes, by which a mask's window is wider on both sides together, and over which it falls
@@ -48,7 +49,8 @@ class GrowthSettings:
 
     Arguments:
         rates: which columns explain them; its scalar is the column of scans.
-        spacing_mm: of the lattice over the atlas on which rates are held; the atlas's own where that is coarser.
+        spacing_mm: of the lattice over the atlas on which rates are held; the atlas's own where that is coarser. By default 3, or, of a small atlas,
+            what puts 24 nodes along its shortest side.
         basis: "principal", the principal components of the observed rates, or "cosine", smooth waves that no data choose.
         share: of the rates' mean square that the principal components keep; most: of their number.
         finest_mm: half the wavelength of the finest cosine.
@@ -57,20 +59,21 @@ class GrowthSettings:
     """
 
     rates: RateSettings
-    spacing_mm: float = 3.0
+    spacing_mm: float | None = None
     basis: str = "principal"
     share: float = 0.99
     most: int = 50
     finest_mm: float = 12.0
-    separate: bool = False
+    separate: bool = True
     to_atlas: RegistrationSettings = field(default_factory=lambda: RegistrationSettings(apart=True))
     within: RegistrationSettings = field(default_factory=lambda: RegistrationSettings(symmetric=True))
 
     def __post_init__(self) -> None:
         if self.basis not in BASES:
             raise ValueError(f"expected a basis of {BASES}, got {self.basis!r}")
-        if not 0 < self.share <= 1 or self.most < 1 or not min(self.spacing_mm, self.finest_mm) > 0:
-            raise ValueError(f"expected a share in (0, 1] and positive numbers, got {self.share}, {self.most}, {self.spacing_mm}, {self.finest_mm}")
+        numbers = [self.most, self.finest_mm, *([] if self.spacing_mm is None else [self.spacing_mm])]
+        if not 0 < self.share <= 1 or not min(numbers) > 0:
+            raise ValueError(f"expected a share in (0, 1] and positive numbers, got {self.share} and {numbers}")
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,12 @@ class LabelledScan:
         names = {index: name for index, name in zip(atlas.indices, atlas.names, strict=True) if name in atlas.brain}
         return cls(Volume.from_grid(atlas.template, atlas.grid), Volume.from_grid(labels, atlas.grid), names, atlas.brain_mask)
 
-    def lattice(self, spacing_mm: float) -> Grid:
-        """Over its field of view."""
-        return self.scan.grid.at_spacing([max(h, spacing_mm) for h in self.scan.spacing])
+    def lattice(self, spacing_mm: float | None = None) -> Grid:
+        """Over its field of view; the default as ``GrowthSettings`` has it."""
+        if spacing_mm is None:
+            shortest = min(n * h for n, h in zip(self.scan.shape, self.scan.spacing, strict=True))
+            spacing_mm = min(_SPACING_MM, shortest / _NODES)
+        return coarser(self.scan.grid, spacing_mm)
 
     def window(self, lattice: Grid) -> Tensor:
         """1 in the mask and near it, falling to 0 beyond, ``(*lattice.shape)``."""
@@ -111,6 +117,11 @@ class LabelledScan:
         widen, smooth = (functional.max_pool2d, functional.avg_pool2d) if d == 2 else (functional.max_pool3d, functional.avg_pool3d)
         near = widen(average_onto(self.mask.float()[None], self.scan.grid, lattice).ceil(), _MARGIN, 1, _MARGIN // 2)
         return smooth(near, _MARGIN, 1, _MARGIN // 2)[0]
+
+
+def coarser(grid: Grid, spacing_mm: float) -> Grid:
+    """Over the same field of view, nowhere finer than the grid itself."""
+    return grid.at_spacing([max(h, spacing_mm) for h in grid.spacing])
 
 
 @dataclass(frozen=True)
@@ -158,6 +169,10 @@ class Registrations:
         with atomic_write(self.folder / name) as temporary:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
         return Registered(result.affine, velocity)
+
+    def also(self, folder: Path) -> Registrations:
+        """Looking in another folder too."""
+        return replace(self, others=(*self.others, folder))
 
     def to_atlas(self, scan: Volume, atlas: LabelledScan, settings: RegistrationSettings) -> Transform:
         """φ, the atlas's world to the scan's, mm."""
@@ -434,7 +449,7 @@ class Forecast:
     shrinking: Tensor
 
 
-def forecast(body: Body, basis: FieldBasis, rate: Prediction, years: float, *, spacing_mm: float = 3.0, draws: int = 200, seed: int = 0) -> Forecast:
+def forecast(body: Body, basis: FieldBasis, rate: Prediction, years: float, *, draws: int = 200, seed: int = 0) -> Forecast:
     """What a scan will look like.
 
     The intervals are of the body, not of what a scanner and a segmentation would make of it. They have what is not known of the rate: of β, h, and
@@ -443,21 +458,20 @@ def forecast(body: Body, basis: FieldBasis, rate: Prediction, years: float, *, s
     Arguments:
         rate: of the person's coefficients, ``(J,)`` each, per year.
         years: since the baseline.
-        spacing_mm: of the lattice over the scan on which the deformation is computed.
         draws: from the posterior.
     """
     white = torch.randn(draws, len(rate.mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return forecast_from(body, basis, rate.mean, rate.mean + rate.sd * white, years, spacing_mm=spacing_mm)
+    return forecast_from(body, basis, rate.mean, rate.mean + rate.sd * white, years)
 
 
-def forecast_from(body: Body, basis: FieldBasis, mean: Tensor, drawn: Tensor, years: float, *, spacing_mm: float = 3.0) -> Forecast:
-    """``forecast`` from draws of the person's coefficients, per year.
+def forecast_from(body: Body, basis: FieldBasis, mean: Tensor, drawn: Tensor, years: float) -> Forecast:
+    """``forecast`` from draws of the person's coefficients, per year; on a lattice over the scan as fine as the basis's.
 
     Arguments:
         mean: of which the deformation is, ``(J,)``; drawn: of which the intervals are, ``(draws, J)``.
     """
     grid = body.scan.grid
-    lattice = grid.at_spacing([max(h, spacing_mm) for h in grid.spacing])
+    lattice = coarser(grid, min(basis.grid.spacing))
     transport, weights = Transport(body.from_atlas.inverse(), lattice), RegionWeights.of(body, lattice)
 
     def velocity(coefficients: Tensor) -> Velocity:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from probmed.workflows.growth import (
     transported_changes,
     with_coefficients,
 )
-from probmed.workflows.longitudinal import fit_rates
+from probmed.workflows.longitudinal import RateSettings, fit_rates
 from probmed.workflows.longitudinal_outputs import (
     RateRun,
     TableSource,
@@ -61,6 +61,7 @@ from probmed.workflows.longitudinal_outputs import (
     run_record,
     seen_in,
     together,
+    with_tuples,
     write_record,
 )
 from probmed.workflows.outputs import WARP_CONVENTION, check_outputs, described_table, staged, with_sidecars, write_sidecars
@@ -106,19 +107,23 @@ class GrowthRun:
         """
         record, rates = read_record(folder), RateRun.load(folder)
         try:
-            settings = _read_settings(record["Growth"], rates)
-            with safe_open(folder / FIELDS, framework="pt") as file:
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            grid = Grid(tuple(stored["atlas"].shape), stored["grid"])
-            scan = Volume(stored["atlas"], grid, stored["affine"].numpy())
-            atlas = LabelledScan(scan, scan.with_data(stored["labels"]), {int(k): name for k, name in record["Labels"].items()}, stored.get("mask"))
-            lattice = atlas.lattice(settings.spacing_mm)
-            basis = PrincipalFields(lattice, stored["basis"]) if "basis" in stored else CosineFields.of(lattice, settings.finest_mm)
+            settings = read_settings(record["Growth"], rates.settings)
+            atlas, basis = read_fields(read_tensors(folder / FIELDS), record["Labels"], settings)
             pairs = zip(record["FieldVariances"], record["FieldScales"], strict=True)
             components = [(torch.tensor(v, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)) for v, s in pairs]
             return cls(folder, rates, components, int(record["GeneratedBy"][0]["Seed"]), settings, atlas, basis)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise no_run(folder, error) from error
+
+    @property
+    def source(self) -> TableSource:
+        """Of the tables that it takes."""
+        return self.rates.source
+
+    @property
+    def scans(self) -> str:
+        """Their column."""
+        return self.settings.rates.scalar
 
     def read(self, path: Path, labels: str | None = None) -> Visits:
         """A table with the columns of the run's own; there is no scan where one is to be predicted.
@@ -126,8 +131,7 @@ class GrowthRun:
         Arguments:
             labels: column with label maps of the baseline scans.
         """
-        own, scans = self.rates.visits, [self.settings.rates.scalar, *([] if labels is None else [labels])]
-        return self.rates.source.read(path, covariates=own.covariates, categorical=own.categorical, scans=scans)
+        return self.source.read_scans(path, self.rates.visits, self.scans, labels)
 
     def predict(
         self,
@@ -150,45 +154,22 @@ class GrowthRun:
             UnusableInput: as ``wanted``, and for someone without genotypes where the run has them.
         """
         wanted = self.wanted(asked)
-        registrations = replace(registrations, others=(*registrations.others, self.folder / REGISTRATIONS))
+        registrations = registrations.also(self.folder / REGISTRATIONS)
         growth = self._with(asked, registrations, genotypes)
         people = growth.rates.joined.subjects
         bodies: dict[str, Body] = {}
         for number, (subject, years) in enumerate(wanted):
             if subject not in people:
-                raise UnusableInput(asked.path, f"asks for {subject}, who is not in the genotypes", "give genotypes of all, or leave the subject out")
+                raise not_in_genotypes(asked.path, subject)
             if subject not in bodies:
-                bodies = {subject: self._body(asked, subject, registrations, labels)}
+                bodies = {subject: body_of(asked, subject, self.settings, self.atlas, registrations, labels)}
             rate = growth.rate(subject)
-            yield subject, forecast(bodies[subject], self.basis, rate, years, spacing_mm=self.settings.spacing_mm, draws=draws, seed=seed)
+            yield subject, forecast(bodies[subject], self.basis, rate, years, draws=draws, seed=seed)
             tell((number + 1) / len(wanted))
 
     def wanted(self, asked: Visits) -> list[tuple[str, float]]:
-        """Subject and years since baseline of what is to be predicted.
-
-        Raises:
-            UnusableInput: where that is nothing, or twice the same by its files' names; where a person's first visit is without a scan, or is not the
-                first one in the run.
-        """
-        scans, own = self.settings.rates.scalar, self.rates.visits
-        check_scans(asked, scans, self.atlas)
-        first = own.baseline["years"]
-        for subject, years in zip(asked.subjects, asked.baseline["years"], strict=True):
-            if subject in first.index and years != first[subject]:
-                fault = f"begins with a visit of {subject} at {years:g} years, and the run with one at {first[subject]:g}"
-                raise UnusableInput(asked.path, fault, "begin with the same visit, with its scan")
-        table = asked.table.assign(since=asked.years_since_baseline.numpy())
-        rows = table[table[scans].isna() & (table["since"] > 0) & ~seen_in(own, asked)]
-        if not len(rows):
-            remedy = f"leave {scans} empty in the rows that are to be predicted, after a baseline row with a scan"
-            raise UnusableInput(asked.path, "asks for no prediction of a scan", remedy)
-        found = list(zip(rows["subject"], rows["since"], strict=True))
-        stems = [forecast_names(*each)["scan"] for each in found]
-        for (subject, years), stem in zip(found, stems, strict=True):
-            if stems.count(stem) > 1:
-                fault = f"asks for {subject} at {years:g} years, whose files would have the names of another forecast"
-                raise UnusableInput(asked.path, fault, "ask for one of them, or rename the subject")
-        return found
+        """Subject and years since baseline of what is to be predicted, as ``wanted_forecasts``."""
+        return wanted_forecasts(asked, self.rates.visits, self.scans, self.atlas)
 
     def _with(self, asked: Visits, registrations: Registrations, genotypes: Genotypes | None) -> Growth:
         """Conditioned on what the table knows, at the run's components."""
@@ -205,23 +186,92 @@ class GrowthRun:
         fits = [at_components(data, variances, scales=scales) for data, (variances, scales) in zip(groups, self.components, strict=True)]
         return Growth(result, tuple(fits), self.basis, self.atlas, self.settings)
 
-    def _body(self, asked: Visits, subject: str, registrations: Registrations, labels: str | None) -> Body:
-        first = asked.baseline.loc[subject]
-        scan = read_scan(first[self.settings.rates.scalar])
-        own = None
-        if labels is not None and pd.notna(first[labels]):
-            own = read_labels(first[labels])
-            check_same_grid(own, scan)
-        return Body.of(scan, registrations.to_atlas(scan, self.atlas, self.settings.to_atlas), self.atlas, own)
+
+def wanted_forecasts(asked: Visits, own: Visits, scans: str, atlas: LabelledScan) -> list[tuple[str, float]]:
+    """Subject and years since baseline of what is to be predicted.
+
+    Arguments:
+        own: visits of the run. scans: their column.
+
+    Raises:
+        UnusableInput: where that is nothing, or twice the same by its files' names; where a person's first visit is without a scan, or is not the
+            first one in the run.
+    """
+    check_scans(asked, scans, atlas)
+    first = own.baseline["years"]
+    for subject, years in zip(asked.subjects, asked.baseline["years"], strict=True):
+        if subject in first.index and years != first[subject]:
+            fault = f"begins with a visit of {subject} at {years:g} years, and the run with one at {first[subject]:g}"
+            raise UnusableInput(asked.path, fault, "begin with the same visit, with its scan")
+    table = asked.table.assign(since=asked.years_since_baseline.numpy())
+    rows = table[table[scans].isna() & (table["since"] > 0) & ~seen_in(own, asked)]
+    if not len(rows):
+        remedy = f"leave {scans} empty in the rows that are to be predicted, after a baseline row with a scan"
+        raise UnusableInput(asked.path, "asks for no prediction of a scan", remedy)
+    found = list(zip(rows["subject"], rows["since"], strict=True))
+    stems = [forecast_names(*each)["scan"] for each in found]
+    for (subject, years), stem in zip(found, stems, strict=True):
+        if stems.count(stem) > 1:
+            fault = f"asks for {subject} at {years:g} years, whose files would have the names of another forecast"
+            raise UnusableInput(asked.path, fault, "ask for one of them, or rename the subject")
+    return found
 
 
-def _read_settings(record: dict[str, Any], rates: RateRun) -> GrowthSettings:
-    registration = {name: RegistrationSettings(**_tuples(record[name])) for name in ("to_atlas", "within")}
-    return GrowthSettings(**{**record, **registration, "rates": rates.settings})
+def not_in_genotypes(path: Path, subject: str) -> UnusableInput:
+    """For someone of whom nothing can be said."""
+    return UnusableInput(path, f"asks for {subject}, who is not in the genotypes", "give genotypes of all, or leave the subject out")
 
 
-def _tuples(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+def body_of(
+    asked: Visits, subject: str, settings: GrowthSettings, atlas: LabelledScan, registrations: Registrations, labels: str | None = None
+) -> Body:
+    """A person's baseline scan.
+
+    Arguments:
+        labels: column with label maps; the atlas's are carried where there is none.
+
+    Raises:
+        UnusableInput: for labels on other voxels than the scan's, and as ``register``.
+    """
+    first = asked.baseline.loc[subject]
+    scan = read_scan(first[settings.rates.scalar])
+    own = None
+    if labels is not None and pd.notna(first[labels]):
+        own = read_labels(first[labels])
+        check_same_grid(own, scan)
+    return Body.of(scan, registrations.to_atlas(scan, atlas, settings.to_atlas), atlas, own)
+
+
+def read_settings(record: dict[str, Any], rates: RateSettings) -> GrowthSettings:
+    """Of JSON, but for the columns."""
+    registration = {name: RegistrationSettings(**with_tuples(record[name])) for name in ("to_atlas", "within")}
+    return GrowthSettings(**{**record, **registration, "rates": rates})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Everything in a file of tensors."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def field_tensors(atlas: LabelledScan, basis: FieldBasis) -> dict[str, Tensor]:
+    """What ``read_fields`` reads."""
+    scan = atlas.scan
+    tensors = {"atlas": scan.data, "labels": atlas.labels.data, "grid": scan.grid.affine, "affine": torch.from_numpy(scan.affine)}
+    if atlas.mask is not None:
+        tensors["mask"] = atlas.mask
+    if isinstance(basis, PrincipalFields):
+        tensors["basis"] = basis.vectors
+    return tensors
+
+
+def read_fields(stored: dict[str, Tensor], names: dict[str, str], settings: GrowthSettings) -> tuple[LabelledScan, FieldBasis]:
+    """Atlas and basis from tensors and the names of labels."""
+    grid = Grid(tuple(stored["atlas"].shape), stored["grid"])
+    scan = Volume(stored["atlas"], grid, stored["affine"].numpy())
+    atlas = LabelledScan(scan, scan.with_data(stored["labels"]), {int(k): name for k, name in names.items()}, stored.get("mask"))
+    lattice = atlas.lattice(settings.spacing_mm)
+    return atlas, PrincipalFields(lattice, stored["basis"]) if "basis" in stored else CosineFields.of(lattice, settings.finest_mm)
 
 
 def write_growth_run(
@@ -239,25 +289,21 @@ def write_growth_run(
     Raises:
         UnusableInput: where a file cannot be written.
     """
-    result, settings, scan = growth.rates, growth.settings, growth.atlas.scan
+    result, settings = growth.rates, growth.settings
     components = result.component_table(tell)
     record = run_record(result, provenance, source)
     record["FieldVariances"] = [fit.variances.tolist() for fit in growth.fits]
     record["FieldScales"] = [fit.scales.tolist() for fit in growth.fits]
     record["Growth"] = {name: value for name, value in asdict(settings).items() if name != "rates"}
     record["Labels"] = growth.atlas.names
-    tensors = {"atlas": scan.data, "labels": growth.atlas.labels.data, "grid": scan.grid.affine, "affine": torch.from_numpy(scan.affine)}
-    if growth.atlas.mask is not None:
-        tensors["mask"] = growth.atlas.mask
-    if isinstance(growth.basis, PrincipalFields):
-        tensors["basis"] = growth.basis.vectors
+    tensors = field_tensors(growth.atlas, growth.basis)
     with staged(folder, "longitudinal") as stage:
         (stage / "components.tsv").write_text(exact_text(components), encoding="utf-8")
         if settings.separate:
             (stage / "shares.tsv").write_text(exact_text(growth.share_table()), encoding="utf-8")
         for name, maps in growth.effect_maps().items():
             for what, values in zip(("Growth", "GrowthSd"), maps, strict=True):
-                write_scan(stage / f"atlas_desc-{_word(name)}{what}.nii.gz", values, scan)
+                write_scan(stage / f"atlas_desc-{_word(name)}{what}.nii.gz", values, growth.atlas.scan)
         with atomic_write(stage / FIELDS) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         write_record(stage, result, record)

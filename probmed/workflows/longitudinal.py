@@ -183,11 +183,11 @@ def cohort_of(visits: Visits, settings: RateSettings, genotypes: Genotypes | Non
     joined = join(visits, genotypes=genotypes)
     if joined.genotypes is None:
         return joined
-    told = joined.genotypes.of_people(_reference(joined, known)).filtered(min_frequency=settings.min_frequency)
+    told = joined.genotypes.of_people(reference_people(joined, known)).filtered(min_frequency=settings.min_frequency)
     return replace(joined, genotypes=replace(told, people=joined.genotypes.people, rows=joined.genotypes.rows))
 
 
-def _reference(joined: Joined, known: Sequence[str] | None) -> list[str]:
+def reference_people(joined: Joined, known: Sequence[str] | None) -> list[str]:
     """People by whom columns are standardised and alleles counted."""
     chosen = set(joined.subjects if known is None else known)
     return [name for name in joined.subjects if name in chosen]
@@ -204,9 +204,9 @@ def explained(
     Raises:
         UnusableInput: as ``fit_rates``.
     """
-    path, reference = joined.visits.path, _reference(joined, known)
-    design, names = _design(joined.visits, settings, reference)
-    kernels = dict(_kernels(joined, settings, reference))
+    path, reference = joined.visits.path, reference_people(joined, known)
+    design, names = design_of(joined.visits, settings, reference)
+    kernels = dict(kernels_of(joined, settings, reference))
     if not kernels:
         remedy = "ask for a clinical, phenotype or genetic kernel, or people's own rates"
         raise UnusableInput(path, "has nothing that could explain rates", remedy)
@@ -221,7 +221,7 @@ def explained(
     return data, tuple(kernels), names
 
 
-def _design(visits: Visits, settings: RateSettings, reference: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
+def design_of(visits: Visits, settings: RateSettings, reference: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
     """A column of ones and the covariates less their means, imputed where missing; so the first coefficient is the rate of the average person."""
     ones = torch.ones(len(visits.subjects), 1, dtype=torch.float64)
     if not settings.mean:
@@ -239,7 +239,7 @@ def _coded(visits: Visits, names: Sequence[str], reference: Sequence[str], missi
     return coding.design(table, visits.path)
 
 
-def _kernels(joined: Joined, settings: RateSettings, reference: Sequence[str]) -> list[tuple[str, Tensor]]:
+def kernels_of(joined: Joined, settings: RateSettings, reference: Sequence[str]) -> list[tuple[str, Tensor]]:
     """Names and matrices ``(P, P)``, of mean diagonal about 1."""
     found = []
     if joined.genotypes is not None:

@@ -43,9 +43,25 @@ class TableSource:
     unit: Unit = "years"
     genotypes: Path | None = None
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> TableSource:
+        """As ``record`` has it."""
+        genotypes = None if record["Genotypes"] is None else Path(record["Genotypes"])
+        return cls(record["Subject"], record["Time"], record["Unit"], genotypes)
+
+    def record(self) -> dict[str, str | None]:
+        """Of a run."""
+        genotypes = None if self.genotypes is None else str(self.genotypes.resolve())
+        return {"Subject": self.subject, "Time": self.time, "Unit": self.unit, "Genotypes": genotypes}
+
     def read(self, path: Path, **roles: Sequence[str]) -> Visits:
         """Visits, with the columns of ``Visits.read``."""
         return Visits.read(path, time_unit=self.unit, subject=self.subject, time=self.time, **roles)
+
+    def read_scans(self, path: Path, own: Visits, scans: str, labels: str | None = None) -> Visits:
+        """A table with the columns of a run's own visits, one of scans, and one of label maps of the baseline scans where there is one."""
+        columns = [scans, *([] if labels is None else [labels])]
+        return self.read(path, covariates=own.covariates, categorical=own.categorical, scans=columns)
 
 
 @dataclass(frozen=True)
@@ -71,13 +87,11 @@ class RateRun:
         record = read_record(folder)
         try:
             known = {f.name for f in fields(RateSettings)}
-            chosen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record["Settings"].items() if name in known}
+            chosen = with_tuples({name: value for name, value in record["Settings"].items() if name in known})
             roles: dict[str, Any] = {role: tuple(record["Roles"][role]) for role in ("scalars", "covariates", "categorical")}
             variances = torch.tensor(record["Variances"], dtype=torch.float64)
-            genotypes = None if record["Genotypes"] is None else Path(record["Genotypes"])
             visits = Visits.read(folder / "visits.tsv", time_unit="years", time="years", **roles)
-            source = TableSource(record["Subject"], record["Time"], record["Unit"], genotypes)
-            return cls(RateSettings(**chosen), visits, source, variances)
+            return cls(RateSettings(**chosen), visits, TableSource.of(record), variances)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise no_run(folder, error) from error
 
@@ -138,6 +152,11 @@ def no_run(folder: Path, error: Exception) -> UnusableInput:
     return UnusableInput(folder, fault, "give a folder that `probmed train longitudinal` has written")
 
 
+def with_tuples(record: dict[str, Any]) -> dict[str, Any]:
+    """Lists of JSON as the tuples that settings have."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+
+
 def together(own: Visits, asked: Visits) -> Visits:
     """The visits of a run and those of another table; a visit that both have is the run's."""
     new = asked.table[~seen_in(own, asked)]
@@ -185,11 +204,8 @@ def run_record(result: RateResult, provenance: Provenance, source: TableSource) 
         "Variances": result.fit.variances.tolist(),
         "LogLikelihood": result.fit.log_likelihood,
         "Converged": result.fit.converged,
-        "Subject": source.subject,
-        "Time": source.time,
-        "Unit": source.unit,
+        **source.record(),
         "Roles": {role: getattr(visits, role) for role in ("scalars", "covariates", "categorical")},
-        "Genotypes": None if source.genotypes is None else str(source.genotypes.resolve()),
         "GenotypesUsed": None if result.joined.genotypes is None else result.joined.genotypes.record(),
         "People": result.joined.record(),
         **provenance.record(),

@@ -8,27 +8,26 @@ visits that it was trained on; ``codes.safetensors`` networks, prior, atlas and 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probmed.grids import Grid
-from probmed.models.longitudinal_field import CosineFields, FieldBasis, PrincipalFields
-from probmed.tables import Visits
-from probmed.volumes import UnusableInput, Volume
-from probmed.workflows.growth import GrowthSettings, LabelledScan
+from probmed.tables import Genotypes, Visits
+from probmed.volumes import UnusableInput
+from probmed.workflows.growth import Forecast, Registrations
+from probmed.workflows.growth_outputs import REGISTRATIONS, field_tensors, read_fields, read_settings, read_tensors, wanted_forecasts
 from probmed.workflows.longitudinal import RateSettings
-from probmed.workflows.longitudinal_outputs import exact_text
+from probmed.workflows.longitudinal_outputs import TableSource, exact_text, with_tuples
 from probmed.workflows.outputs import staged
 from probmed.workflows.provenance import Provenance
-from probmed.workflows.registration import RegistrationSettings
-from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, build
+from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, build, predict_scans
 
 RECORD = "gp-prior-vae.json"
 TENSORS = "codes.safetensors"
@@ -39,16 +38,12 @@ class CodesRun:
     """A run from its folder.
 
     Arguments:
-        subject, time, unit: names of the columns and unit of time of the tables that it takes.
-        genotypes: the file that it was trained with, or None. seed: of the registrations.
+        source: of the tables that it takes. seed: of the registrations.
     """
 
     folder: Path
     codes: ShapeCodes
-    subject: str
-    time: str
-    unit: str
-    genotypes: Path | None
+    source: TableSource
     seed: int
 
     @classmethod
@@ -59,14 +54,16 @@ class CodesRun:
         """
         try:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            with safe_open(folder / TENSORS, framework="pt") as file:
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            genotypes = None if record["Genotypes"] is None else Path(record["Genotypes"])
-            where = record["Subject"], record["Time"], record["Unit"]
-            return cls(folder, _read_codes(folder, record, stored), *where, genotypes, int(record["GeneratedBy"][0]["Seed"]))
+            source = TableSource.of(record)
+            return cls(folder, _read_codes(folder, record, read_tensors(folder / TENSORS)), source, int(record["GeneratedBy"][0]["Seed"]))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             fault = f"holds no trained codes that can be read ({error})"
             raise UnusableInput(folder, fault, "give a folder that `probmed train gp-prior-vae` has written") from error
+
+    @property
+    def scans(self) -> str:
+        """Their column."""
+        return self.codes.settings.growth.rates.scalar
 
     def read(self, path: Path, labels: str | None = None) -> Visits:
         """A table with the columns of the run's own; there is no scan where one is to be predicted.
@@ -74,18 +71,24 @@ class CodesRun:
         Arguments:
             labels: column with label maps of the baseline scans.
         """
-        own, scans = self.codes.visits, [self.codes.settings.growth.rates.scalar, *([] if labels is None else [labels])]
-        columns: dict[str, Any] = {"covariates": own.covariates, "categorical": own.categorical, "scans": scans}
-        return Visits.read(path, time_unit=self.unit, subject=self.subject, time=self.time, **columns)  # type: ignore[arg-type]
+        return self.source.read_scans(path, self.codes.visits, self.scans, labels)
+
+    def wanted(self, asked: Visits) -> list[tuple[str, float]]:
+        """Subject and years since baseline of what is to be predicted, as ``wanted_forecasts``."""
+        return wanted_forecasts(asked, self.codes.visits, self.scans, self.codes.atlas)
+
+    def predict(
+        self, asked: Visits, registrations: Registrations, genotypes: Genotypes | None = None, **options: Any
+    ) -> Iterator[tuple[str, Forecast]]:
+        """As ``predict_scans``, with the run's own registrations."""
+        return predict_scans(self.codes, asked, registrations.also(self.folder / REGISTRATIONS), genotypes, **options)
 
 
 def _read_codes(folder: Path, record: dict[str, Any], stored: dict[str, Tensor]) -> ShapeCodes:
-    settings = _settings(record["Settings"])
-    grid = Grid(tuple(stored["atlas"].shape), stored["grid"])
-    scan = Volume(stored["atlas"], grid, stored["affine"].numpy())
-    atlas = LabelledScan(scan, scan.with_data(stored["labels"]), {int(k): name for k, name in record["Labels"].items()})
-    lattice = atlas.lattice(settings.growth.spacing_mm)
-    basis: FieldBasis = PrincipalFields(lattice, stored["basis"]) if "basis" in stored else CosineFields.of(lattice, settings.growth.finest_mm)
+    made = dict(record["Settings"])
+    rates = RateSettings(**with_tuples(made["growth"]["rates"]))
+    settings = CodeSettings(**{**made, "growth": read_settings(made["growth"], rates)})
+    atlas, basis = read_fields(stored, record["Labels"], settings.growth)
     model, guide = build(settings, int(record["FixedEffects"]), record["Components"], basis.columns)
     for prefix, module in (("model.", model), ("guide.", guide)):
         module.load_state_dict({name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)})
@@ -95,19 +98,7 @@ def _read_codes(folder: Path, record: dict[str, Any], stored: dict[str, Tensor])
     return ShapeCodes(settings, atlas, basis, model, guide, visits, stored["coefficients"], *scales)
 
 
-def _settings(record: dict[str, Any]) -> CodeSettings:
-    growth = dict(record["growth"])
-    registration = {name: RegistrationSettings(**_tuples(growth[name])) for name in ("to_atlas", "within")}
-    return CodeSettings(**{**record, "growth": GrowthSettings(**{**growth, **registration, "rates": RateSettings(**_tuples(growth["rates"]))})})
-
-
-def _tuples(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-
-
-def write_codes_run(
-    codes: ShapeCodes, folder: Path, provenance: Provenance, *, subject: str, time: str, unit: str, genotypes: Path | None = None
-) -> pd.DataFrame:
+def write_codes_run(codes: ShapeCodes, folder: Path, provenance: Provenance, source: TableSource) -> pd.DataFrame:
     """Write a run into a folder, all files or none.
 
     Returns:
@@ -116,7 +107,7 @@ def write_codes_run(
     Raises:
         UnusableInput: where a file cannot be written.
     """
-    scan, visits = codes.atlas.scan, codes.visits
+    visits = codes.visits
     record = {
         "Settings": asdict(codes.settings),
         "Components": codes.names,
@@ -125,17 +116,11 @@ def write_codes_run(
         "TimeScale": codes.time_scale,
         "Labels": codes.atlas.names,
         "Loss": codes.log[-1]["loss"] if codes.log else None,
-        "Subject": subject,
-        "Time": time,
-        "Unit": unit,
+        **source.record(),
         "Roles": {role: getattr(visits, role) for role in ("covariates", "categorical")},
-        "Genotypes": None if genotypes is None else str(genotypes.resolve()),
         **provenance.record(),
     }
-    tensors = {"atlas": scan.data, "labels": codes.atlas.labels.data, "grid": scan.grid.affine, "affine": torch.from_numpy(scan.affine)}
-    tensors["coefficients"] = codes.coefficients
-    if isinstance(codes.basis, PrincipalFields):
-        tensors["basis"] = codes.basis.vectors
+    tensors = field_tensors(codes.atlas, codes.basis) | {"coefficients": codes.coefficients}
     for prefix, module in (("model.", codes.model), ("guide.", codes.guide)):
         tensors |= {f"{prefix}{name}": x for name, x in module.state_dict().items()}
     shares = codes.shares()

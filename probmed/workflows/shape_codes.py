@@ -16,16 +16,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from probmed.inference.gp_prior import exact_loss, forecast_codes
+from probmed.inference.gp_prior_smoothed import smoothed_forecast, smoothed_loss
 from probmed.inference.parameters import seeded
 from probmed.inference.training import Row, TrainingSettings, train
 from probmed.models.gp_prior_vae import CodePrior, Cohort, GPPriorGuide, GPPriorVAE, Linear, PixelNormal, Slope, pad_visits
 from probmed.models.longitudinal_field import FieldBasis
-from probmed.slopes import DenseKernels, FollowUps
-from probmed.tables import Genotypes, Joined, Visits, join
-from probmed.volumes import UnusableInput, read_labels, read_scan
+from probmed.slopes import FollowUps
+from probmed.tables import Genotypes, Joined, Visits
 from probmed.workflows.growth import (
-    Body,
     Forecast,
     GrowthSettings,
     LabelledScan,
@@ -36,9 +34,9 @@ from probmed.workflows.growth import (
     forecast_from,
     transported_changes,
 )
-from probmed.workflows.longitudinal import explained
+from probmed.workflows.growth_outputs import body_of, not_in_genotypes, wanted_forecasts
+from probmed.workflows.longitudinal import cohort_of, design_of, kernels_of, reference_people
 from probmed.workflows.longitudinal_outputs import together
-from probmed.workflows.propagation import check_same_grid
 
 EQUATION = "z_l ~ GP(Δx xᵀβ_l, Δx Δx' Σ_k τ_lk K_k + noise), c ~ N(f(z) − f(0), σ²), scan_t = scan_B ∘ exp(−Σ_j c_j b_j)"
 
@@ -138,7 +136,7 @@ def fit_codes(
         UnusableInput: as ``fit_growth``.
     """
     growth = settings.growth
-    joined = join(visits, genotypes=genotypes)
+    joined = cohort_of(visits, growth.rates, genotypes)
     check_scans(joined.visits, growth.rates.scalar, atlas)
     rows = follow_up_rows(joined.visits, growth.rates.scalar)
     years = joined.visits.years_since_baseline
@@ -155,7 +153,7 @@ def fit_codes(
     images = pad_visits(joined.visits.person, coefficients)
     known = cohort.only(~images.isnan().all(-1))
     log = train(
-        lambda _: exact_loss(model, guide, known, images) / len(rows),
+        lambda _: smoothed_loss(model, guide, known, images) / len(rows),
         {"model": model, "guide": guide},
         lambda generator: None,
         TrainingSettings(settings.steps, settings.learning_rate, clip_norm=None, seed=seed, every=max(1, settings.steps // 20)),
@@ -186,18 +184,14 @@ def described(joined: Joined, settings: CodeSettings, reference: Sequence[str], 
         reference: people by whom columns are standardised and alleles counted.
     """
     visits, person = joined.visits, joined.visits.person
-    everyone = torch.arange(len(joined.subjects))
-    rates = replace(settings.growth.rates, own=True, baseline="none")
-    once = FollowUps(torch.ones(len(everyone), dtype=torch.float64), everyone, len(everyone))
-    data, kernels, _ = explained(joined, rates, once, torch.zeros(len(everyone), dtype=torch.float64), reference)
-    if not isinstance(data.relationship, DenseKernels):
-        raise TypeError(f"expected DenseKernels, got {type(data.relationship).__name__}")
+    rates = replace(settings.growth.rates, own=False)  # people's own slopes are a component that needs no kernel
+    design, _ = design_of(visits, rates, reference)
     time = (visits.years_since_baseline / time_scale)[:, None]
     chosen = torch.tensor([joined.subjects.index(name) for name in reference])
-    spread = data.design[chosen].std(0, correction=0)
+    spread = design[chosen].std(0, correction=0)
     scale = torch.where(spread > 0, spread, 1.0)
-    inputs = {"fixed": time * (data.design / scale)[person], "own": time}
-    roots = {name: _root(matrix) for name, matrix in zip(kernels, data.relationship.matrices, strict=True) if name != "own"}
+    inputs = {"fixed": time * (design / scale)[person], "own": time}
+    roots = {name: _root(matrix) for name, matrix in kernels_of(joined, rates, reference)}
     inputs |= {name: time * root[person] for name, root in roots.items()}
     return Cohort.of(person, inputs), tuple(roots)
 
@@ -228,32 +222,24 @@ def predict_scans(
         labels: column with label maps of the baseline scans; the atlas's are carried where there is none.
 
     Raises:
-        UnusableInput: where nothing is asked for, or as ``check_scans``.
+        UnusableInput: as ``wanted_forecasts``, and for someone without genotypes where the run has them.
     """
     growth = codes.settings.growth
     scans = growth.rates.scalar
-    check_scans(asked, scans, codes.atlas)
-    since = dict(zip(_keys(asked), asked.years_since_baseline.tolist(), strict=True))
-    wanted = [key for key, lacks in zip(_keys(asked), asked.table[scans].isna(), strict=True) if lacks and since[key] > 0]
-    if not wanted:
-        remedy = f"leave {scans} empty in the rows that are to be predicted, after a baseline row with a scan"
-        raise UnusableInput(asked.path, "asks for no prediction of a scan", remedy)
-    joined = join(together(codes.visits, asked), genotypes=genotypes)
-    known = set(codes.visits.subjects)
-    cohort, _ = described(joined, codes.settings, [name for name in joined.subjects if name in known], codes.time_scale)
+    wanted = wanted_forecasts(asked, codes.visits, scans, codes.atlas)
+    joined = cohort_of(together(codes.visits, asked), growth.rates, genotypes, codes.visits.subjects)
+    cohort, _ = described(joined, codes.settings, reference_people(joined, codes.visits.subjects), codes.time_scale)
     drawn = draw_codes(codes, cohort, pad_visits(joined.visits.person, _coefficients(codes, joined.visits, asked, registrations)), draws, seed)
-    place = dict(zip(_keys(joined.visits), _places(joined.visits.person), strict=True))
-    for number, (subject, time) in enumerate(wanted):
-        first, years = asked.baseline.loc[subject], since[subject, time]
-        scan = read_scan(first[scans])
-        own = None if labels is None or pd.isna(first[labels]) else read_labels(first[labels])
-        if own is not None:
-            check_same_grid(own, scan)
-        body = Body.of(scan, registrations(scan, codes.atlas.scan, growth.to_atlas).transform, codes.atlas, own)
+    since = zip(joined.visits.table["subject"], joined.visits.years_since_baseline.tolist(), strict=True)
+    place = dict(zip(since, _places(joined.visits.person), strict=True))
+    for number, (subject, years) in enumerate(wanted):
+        if (subject, years) not in place:
+            raise not_in_genotypes(asked.path, subject)
+        body = body_of(asked, subject, growth, codes.atlas, registrations, labels)
         # What the decoder expects, without the coefficients' own noise: that is of registrations, and the intervals are of the body.
-        person, visit = place[subject, time]
+        person, visit = place[subject, years]
         changes = codes.scale * codes.model.decoder(drawn[:, person, visit])
-        yield subject, forecast_from(body, codes.basis, changes.mean(0) / years, changes / years, years, spacing_mm=growth.spacing_mm)
+        yield subject, forecast_from(body, codes.basis, changes.mean(0) / years, changes / years, years)
         tell((number + 1) / len(wanted))
 
 
@@ -294,4 +280,4 @@ def draw_codes(codes: ShapeCodes, cohort: Cohort, coefficients: Tensor, draws: i
     known = cohort.present & ~coefficients.isnan().all(-1)
     mean, sd = codes.guide.encode(cohort.only(known), coefficients)
     with seeded(seed):
-        return forecast_codes(codes.model.prior(cohort), known, mean, sd).draws(draws)
+        return smoothed_forecast(codes.model.prior(cohort), known, mean, sd).draws(draws)
