@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ from probmed.grids import Grid
 from probmed.metrics import dice, paired_bootstrap
 from probmed.simulation import simulate_people
 from probmed.tables import Genotypes, Visits
-from probmed.transforms import Displacement, Velocity, physical_gradient, warp
+from probmed.transforms import Affine, Displacement, Velocity, physical_gradient, warp
 from probmed.volumes import Volume, read_labels, read_scan, scaled, write_labels, write_scan
-from probmed.workflows.growth import Body, GrowthSettings, LabelledScan, Registrations, fit_growth, forecast
+from probmed.workflows.growth import Body, Forecast, GrowthSettings, LabelledScan, Registrations, fit_growth, forecast
 from probmed.workflows.longitudinal import RateSettings, fit_rates
 from probmed.workflows.shape_codes import CodeSettings, fit_codes, predict_scans
 
@@ -44,6 +45,7 @@ GROWTH, CODES = "S16, deformations", "S17, codes with a Gaussian process"
 COPY, MEAN, SCALAR = "baseline as it is", "mean change", "S15, each structure's volume"
 METHODS = (COPY, MEAN, SCALAR, GROWTH, CODES)
 LEVEL = 0.9
+FINER = 3
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Person:
     def at(self, log_change: float) -> Displacement:
         """Where the changed body's points come from, for a change of the log of volume."""
         return Velocity(self.flow.grid, self.flow.field * (100 * log_change)).exp(both=False)
+
+    def labels_at(self, change: Displacement | None = None) -> Tensor:
+        """On voxels of a third of the size: on its own, a border that moves by less than half a voxel stays where it is."""
+        fine = self.scan.grid.at_spacing([h / FINER for h in self.scan.spacing])
+        return warp(self.labels, self.scan.grid, change or Affine.identity(3), fine, fill="edge").argmax(0)
 
     def volumes(self, log_change: float) -> Tensor:
         """Of the labels, ``(2,)``, ml."""
@@ -153,7 +160,8 @@ def write_visit(folder: Path, name: str, person: Person, rate: float, years: flo
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method says of a person: volumes ``(2,)`` ml with ends of 90 % intervals ``(2, 2)``, NaN where it has none, and labels ``(*shape)``."""
+    """What a method says of a person: volumes ``(2,)`` ml with ends of 90 % intervals ``(2, 2)``, NaN where it has none, and labels, of a third of
+    the voxels' size."""
 
     volumes: Tensor
     interval: Tensor
@@ -165,7 +173,7 @@ Method = Callable[[MadeUp, Path], dict[str, Answer]]
 
 def copied(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
     none = torch.full((2, 2), torch.nan, dtype=torch.float64)
-    return {name: Answer(cohort.people[name].volumes(0.0), none, cohort.people[name].labels.argmax(0)) for name in cohort.people_asked}
+    return {name: Answer(cohort.people[name].volumes(0.0), none, cohort.people[name].labels_at()) for name in cohort.people_asked}
 
 
 def mean_change(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
@@ -205,7 +213,7 @@ def deformations(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
         scan = read_scan(row["scan"])
         body = Body.of(scan, kept.to_atlas(scan, cohort.atlas, growth.settings.to_atlas), cohort.atlas, read_labels(row["labels"]))
         told = forecast(body, growth.basis, growth.rate(str(name)), ASKED_YEARS)
-        found[str(name)] = answer(told.volumes, told.labels)
+        found[str(name)] = answer(cohort.people[str(name)], told)
     return found
 
 
@@ -214,16 +222,17 @@ def codes(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
     kept, genotypes = Registrations(folder / "registrations", device="cpu"), Genotypes.open(cohort.genotypes, count_A1=True)
     trained = fit_codes(cohort.read(cohort.seen), CodeSettings(fields()), cohort.atlas, kept, genotypes)
     asked = cohort.read(cohort.asked)
-    return {name: answer(told.volumes, told.labels) for name, told in predict_scans(trained, asked, kept, genotypes, labels="labels")}
+    return {name: answer(cohort.people[name], told) for name, told in predict_scans(trained, asked, kept, genotypes, labels="labels")}
 
 
 def fields() -> GrowthSettings:
     return GrowthSettings(RateSettings("scan", clinical=("age", "education")))
 
 
-def answer(volumes: pd.DataFrame, labels: Tensor) -> Answer:
-    ordered = volumes.set_index("index").loc[list(LABELS)]
-    return Answer(torch.tensor(ordered["mean"].to_numpy(copy=True)), torch.tensor(ordered[["low", "high"]].to_numpy(copy=True)), labels)
+def answer(person: Person, told: Forecast) -> Answer:
+    ordered = told.volumes.set_index("index").loc[list(LABELS)]
+    volumes, interval = (torch.tensor(ordered[names].to_numpy(copy=True)) for names in ("mean", ["low", "high"]))
+    return Answer(volumes, interval, person.labels_at(told.transform))
 
 
 RUN: Mapping[str, Method] = {COPY: copied, MEAN: mean_change, SCALAR: of_volumes, GROWTH: deformations, CODES: codes}
@@ -231,16 +240,15 @@ RUN: Mapping[str, Method] = {COPY: copied, MEAN: mean_change, SCALAR: of_volumes
 
 def rows(log: Log, folder: Path, only: Sequence[str], seed: int) -> list[Row]:
     """A row for each method and person who was seen once."""
-    made: dict[str, MadeUp] = {}
+    cohort = cache(lambda: MadeUp.of(folder, seed))
     found: list[Row] = []
     for method, run in RUN.items():
         if only and not any(word in f"follow-ups {method}" for word in only):
             continue
         keys = [key for key in log.rows if key.startswith(f"follow-ups/{method}/")]
         if len(keys) < ASKED:
-            cohort = made.setdefault("cohort", MadeUp.of(folder, seed)) if not made else made["cohort"]
-            for name, said in run(cohort, folder).items():
-                log.row(f"follow-ups/{method}/{name}", lambda n=name, a=said: score(cohort, method, n, a))  # type: ignore[misc]  # noqa: B023
+            for name, said in run(cohort(), folder).items():
+                log.row(f"follow-ups/{method}/{name}", partial(score, cohort(), method, name, said))
             keys = [key for key in log.rows if key.startswith(f"follow-ups/{method}/")]
         found += [log.rows[key] for key in keys]
         print(f"follow-ups {method}: {statistics.fmean(row['error'] for row in found if row['method'] == method):.3f}", flush=True)
@@ -251,7 +259,7 @@ def score(cohort: MadeUp, method: str, name: str, said: Answer) -> Row:
     """Mean over the two labels of the absolute relative error, per cent, how many intervals hold, and Dice."""
     person, change = cohort.people[name], cohort.rates[name] * ASKED_YEARS
     truth = person.volumes(change)
-    labels = warp(person.labels, person.scan.grid, person.at(change), person.scan.grid, fill="edge").argmax(0)
+    labels = person.labels_at(person.at(change))
     inside = ((said.interval[:, 0] <= truth) & (truth <= said.interval[:, 1])).double()
     return {
         "part": "follow-ups",

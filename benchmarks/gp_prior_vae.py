@@ -1,4 +1,4 @@
-"""Rotated digits: images at an angle that was not seen, by autoencoders with different priors of their codes.
+"""Rotated digits: images at an angle that was not seen, by autoencoders with different priors of their codes. Then follow-up scans, by `follow_ups`.
 
 Threes of scikit-learn's 8 × 8 digits, each at six angles. Some lack an angle; others are seen at 0° alone and not in training.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +21,17 @@ from gpytorch.kernels import PeriodicKernel
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks import follow_ups
 from benchmarks.tables import Log, Row, Table, mean_sd
 from probmed.inference.gp_prior import CodeForecast, GlobalWeights, exact_loss, forecast_codes
 from probmed.inference.gp_prior_baselines import gppvae_loss, svgpvae_forecast, svgpvae_loss
 from probmed.inference.gp_prior_smoothed import smoothed_forecast, smoothed_loss
 from probmed.inference.parameters import seeded
 from probmed.inference.training import TrainingSettings, train
-from probmed.metrics import interval_coverage
+from probmed.metrics import interval_coverage, paired_bootstrap
 from probmed.models.gp_prior_vae import CodePrior, Cohort, GPPriorGuide, GPPriorVAE, Intercept, Linear, PixelNormal, Within
 
-DIGIT, ANGLES, SPLITS = 3, 6, 3
+DIGIT, ANGLES, SPLITS = 3, 6, 8
 TEST, VALIDATION, COMPLETE, UNSEEN = 40, 20, 40, 40  # digits: the first two lack an angle in training, the last are not in it
 CODES, HIDDEN, STEPS, BATCH, DRAWS = 6, 128, 1000, 25, 200
 RATES = (3e-3, 1e-2)  # of learning, tried by every method
@@ -208,10 +211,25 @@ METHODS: dict[str, Method] = {
 
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
-    """Fit every method on every split."""
+    """Fit every method on every split; without a limit, also forecast scans."""
     torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float64)
+    rows = _digits(log, limit, only, seed)
+    settings = {"splits": SPLITS, "steps": STEPS, "batch": BATCH, "codes": CODES, "hidden": HIDDEN, "learning_rates": RATES, "threads": threads}
+    lines = summarise(rows)
+    notes = differences(rows)
+    if limit is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) if log.path is None else log.path.with_suffix(".follow-ups")
+            folder.mkdir(exist_ok=True)
+            scans = follow_ups.rows(log, folder, only, seed)
+        notes += "\n\n" + Table("", [], follow_ups.summarise(scans), follow_ups.differences(scans)).markdown()
+        rows += scans
+    return Table("gp_prior_vae", rows, lines, notes, settings, seed)
+
+
+def _digits(log: Log, limit: int | None, only: Sequence[str], seed: int) -> list[Row]:
     rows = []
+    torch.set_default_dtype(torch.float64)
     try:
         for split in range(SPLITS)[:limit]:
             for name, method in METHODS.items():
@@ -221,8 +239,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                 print(f"split {split} {name:32s} {_told(rows[-1])}", flush=True)
     finally:
         torch.set_default_dtype(torch.float32)
-    settings = {"splits": SPLITS, "steps": STEPS, "batch": BATCH, "codes": CODES, "hidden": HIDDEN, "learning_rates": RATES, "threads": threads}
-    return Table("gp_prior_vae", rows, summarise(rows), "", settings, seed)
+    return rows
 
 
 def _told(row: Row) -> str:
@@ -305,3 +322,20 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
         line["seconds a fit"] = f"{statistics.median(row['seconds'] for row in chosen):.0f}"
         lines.append(line)
     return lines
+
+
+def differences(rows: Sequence[Row]) -> str:
+    """What the first method gains on the others, by split."""
+    first, *others = METHODS
+    of = {name: {row["split"]: row for row in rows if row["method"] == name} for name in METHODS}
+    parts = []
+    for name in others:
+        splits = sorted(set(of[first]) & set(of[name]))
+        if len(splits) > 1:
+            gains = []
+            for task in TASKS:
+                ours, theirs = (torch.tensor([of[each][split][task]["nats"] for split in splits]) for each in (first, name))
+                gain = paired_bootstrap(ours, theirs)
+                gains.append(f"{gain.mean:+.1f} [{gain.lower:+.1f}, {gain.upper:+.1f}]")
+            parts.append(f"{name} {' and '.join(gains)}")
+    return f"Nats an image of {first} less those of each method, mean over splits with a 95 % paired bootstrap interval: {'; '.join(parts)}."
