@@ -324,17 +324,18 @@ class VisitNormal(TorchDistribution):
 
 
 class PixelNormal(nn.Module):
-    """Independent values about what the decoder gives, with one standard deviation σ, learned from a start.
+    """Independent values about what the decoder gives, with a standard deviation σ that is learned from a start.
 
     Arguments:
         sd: in the images' unit.
+        size: of an image, where each value has a σ of its own; one for all by default.
     """
 
-    def __init__(self, sd: float = 0.1) -> None:
+    def __init__(self, sd: float = 0.1, size: Sequence[int] = ()) -> None:
         super().__init__()
         if not sd > 0:
             raise ValueError(f"expected a positive standard deviation, got {sd}")
-        self.log_sd = nn.Parameter(torch.tensor(math.log(sd)))
+        self.log_sd = nn.Parameter(torch.full(tuple(size), math.log(sd)))
 
     def forward(self, decoded: Tensor) -> TorchDistribution:
         return Normal(decoded, self.log_sd.exp())

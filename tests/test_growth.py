@@ -30,6 +30,7 @@ from probmed.tables import Visits
 from probmed.transforms import Affine, Velocity, warp
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, write_labels, write_scan
 from probmed.warps import read_warp
+from probmed.workflows.follow_up_checks import foretold_growth, leading
 from probmed.workflows.growth import (
     Body,
     Growth,
@@ -44,6 +45,7 @@ from probmed.workflows.growth import (
 )
 from probmed.workflows.growth_outputs import GrowthRun
 from probmed.workflows.longitudinal import RateSettings, fit_rates
+from probmed.workflows.rate_checks import held_back
 from probmed.workflows.registration import RegistrationSettings
 
 GRID = Grid.from_spacing((24, 22), 2.0)
@@ -303,6 +305,24 @@ def test_rates_and_what_explains_them_are_those_of_the_cohort(tmp_path: Path, mo
         growth.rate("nobody")
 
 
+def test_checks_of_the_last_visits_do_not_know_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = KnownCohort(12, noise=0.02)
+    growth = fitted(cohort, tmp_path, monkeypatch, replace(SETTINGS, separate=True))
+    first = leading(growth)
+    torch.testing.assert_close(first.fit.log_likelihood, growth.fits[0].log_likelihood)
+    torch.testing.assert_close(first.fit.effects(), growth.fits[0].effects()[..., 0])
+    found = foretold_growth(growth, Registrations(tmp_path / "kept"))
+    assert found is not None
+    assert found.forecast.years == pytest.approx(max(times[-1] for times in cohort.years), abs=1e-6)
+    torch.testing.assert_close(found.observed, cohort.scan(int(found.subject[1:]), 2).data, rtol=1e-4, atol=1e-3)
+    # With other last visits, the same prediction.
+    for fit in growth.fits:
+        fit.data.change[held_back(growth.rates)] += 1.0
+    again = foretold_growth(growth, Registrations(tmp_path / "kept"))
+    assert again is not None
+    torch.testing.assert_close(again.forecast.volumes["mean"].tolist(), found.forecast.volumes["mean"].tolist())
+
+
 def test_one_coefficient_is_a_scalar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     growth = fitted(KnownCohort(20), tmp_path, monkeypatch, replace(SETTINGS, most=1))
     (name,) = growth.columns
@@ -393,6 +413,8 @@ def test_a_run_from_files_gives_forecasts_from_files(tmp_path: Path, monkeypatch
     new = table["subject"].isin(["s14", "s15"])
     table[~new].to_csv(tmp_path / "train.tsv", sep="\t", index=False)
     assert "14 people in all tables" in invoke("train", "longitudinal", *options(tmp_path, "train.tsv"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Growth of the average person" in page and "A follow-up scan and its prediction" in page and page.count("data:image/png") == 6
     record = json.loads((tmp_path / "run" / "longitudinal.json").read_text())
     assert record["Growth"]["basis"] == "principal" and record["Labels"] == {"1": "disc", "2": "ring"}
     assert {p.name for p in (tmp_path / "run").glob("atlas*")} == {

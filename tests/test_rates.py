@@ -76,6 +76,7 @@ def test_predictions_of_a_run_s_own_people_and_of_others(tmp_path: Path) -> None
     result = CliRunner().invoke(app, ["train", "longitudinal", *_options(tmp_path / "train.tsv", bed, tmp_path / "run")])
     assert result.exit_code == 0, result.output
     assert "50 people in all tables" in " ".join(result.output.split())
+    assert "Predictions of visits that were held out" in (tmp_path / "run" / "report.html").read_text()
     record = json.loads((tmp_path / "run" / "longitudinal.json").read_text())
     assert record["Components"] == ["genetics", "clinical", "own"]
     assert record["GenotypesUsed"]["People"] == 50

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,6 +19,7 @@ from probmed.grids import Grid
 from probmed.tables import Visits
 from probmed.transforms import Affine, Transform, Velocity
 from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
+from probmed.workflows.follow_up_checks import held_out_codes
 from probmed.workflows.growth import GrowthSettings, LabelledScan, Registered
 from probmed.workflows.longitudinal import RateSettings
 from probmed.workflows.longitudinal_outputs import TableSource
@@ -118,6 +120,24 @@ def test_volumes_of_people_who_were_not_there_are_predicted_from_their_baseline_
 
 
 @pytest.mark.slow
+def test_last_visits_are_predicted_without_them(trained: tuple[Discs, ShapeCodes]) -> None:
+    discs, codes = trained
+    found = held_out_codes(codes, discs)  # type: ignore[arg-type]
+    assert found is not None
+    table, shown = found
+    assert len(table) == 30 and set(table["years"]) == {2.5}
+    errors = (table["observed"] - table["mean"]) / table["sd"]
+    assert errors.abs().lt(1.645).mean() > 0.75 and errors.abs().max() < 5
+    assert np.corrcoef(table["observed"], table["mean"])[0, 1] > 0.95
+    assert shown.forecast.years == 2.5 and shown.observed.shape == GRID.shape
+    last = torch.tensor((codes.visits.table["years"] == 2.5).to_numpy())
+    others = replace(codes, coefficients=torch.where(last[:, None], codes.coefficients + 1, codes.coefficients))
+    again = held_out_codes(others, discs)  # type: ignore[arg-type]
+    assert again is not None
+    pd.testing.assert_series_equal(again[0]["mean"], table["mean"])
+
+
+@pytest.mark.slow
 def test_shares_of_a_code_s_variance_sum_to_one(trained: tuple[Discs, ShapeCodes]) -> None:
     table = trained[1].shares()
     assert list(table.columns) == ["code", "own", "noise"]
@@ -136,7 +156,7 @@ def test_requests_that_cannot_be_met_get_one_line(trained: tuple[Discs, ShapeCod
 @pytest.mark.slow
 def test_a_run_in_a_folder_predicts_the_same(trained: tuple[Discs, ShapeCodes], tmp_path: Path) -> None:
     discs, codes = trained
-    write_codes_run(codes, tmp_path, Provenance.of("probmed train gp-prior-vae", 0, [], []), TableSource())
+    write_codes_run(codes, tmp_path, Provenance.of("probmed train gp-prior-vae", 0, [], []), TableSource(), "<html>")
     run = CodesRun.load(tmp_path)
     path = discs.table(range(30, 32), (0.0, 2.0), unseen=(2.0,))
     volumes = [
@@ -174,6 +194,7 @@ def test_from_scans_to_a_run_on_the_command_line(tmp_path: Path, monkeypatch: py
     assert "shares of codes' variance" in result.stdout
     run = CodesRun.load(tmp_path / "run")
     assert run.codes.coefficients.shape[0] == 16 and run.codes.names == ()
+    assert "What codes follow" in (tmp_path / "run" / "report.html").read_text()
     assert {"checkpoint.safetensors", "log.csv", "shares.tsv", "codes.tsv"} <= {path.name for path in (tmp_path / "run").iterdir()}
     asked = pd.read_csv(table, sep="\t").astype({"time": float})
     asked.loc[asked["time"] == 3.0, "time"] = 1.5

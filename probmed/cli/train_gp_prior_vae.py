@@ -10,12 +10,13 @@ import typer
 from probmed.cli import progress
 from probmed.cli.cohorts import TimeUnit, names_in, read_atlas
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
+from probmed.report import codes_page
 from probmed.tables import Genotypes
 from probmed.volumes import UnusableInput
 from probmed.workflows.growth import GrowthSettings, Registrations
 from probmed.workflows.growth_outputs import REGISTRATIONS
 from probmed.workflows.longitudinal import RateSettings
-from probmed.workflows.longitudinal_outputs import TableSource
+from probmed.workflows.longitudinal_outputs import REPORT, TableSource
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.shape_code_outputs import RECORD, write_codes_run
 from probmed.workflows.shape_codes import CodeSettings, fit_codes
@@ -54,8 +55,8 @@ def gp_prior_vae(
     """Learn codes of how bodies change, whose prior follows genes, clinic, phenotype and time.
 
     Baseline scans are registered to the atlas, later ones to the baseline. Into the folder go shares.tsv (how each code's variance divides),
-    codes.tsv, visits.tsv, codes.safetensors and gp-prior-vae.json. A run that was stopped goes on when the command is
-    given again.
+    codes.tsv, visits.tsv, codes.safetensors, report.html and gp-prior-vae.json. A run that was stopped goes on when
+    the command is given again.
 
     [bold]Examples[/bold]
 
@@ -82,10 +83,11 @@ def gp_prior_vae(
             kept = Registrations(out / REGISTRATIONS, seed=seed, device=device.value)
             trained = fit_codes(visits, settings, atlas, kept, people, seed=seed, folder=out, progress=tell)
             provenance = Provenance.of(command_line(), seed, inputs, lines)
-            shares = write_codes_run(trained, out, provenance, source)
+            page = codes_page(trained, kept, provenance, data.stem, people, seed)
+            write_codes_run(trained, out, provenance, source, page)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")
-        found = shares.drop(columns="code").mean().sort_values(ascending=False)
+        found = trained.shares().drop(columns="code").mean().sort_values(ascending=False)
         parts = ", ".join(f"{name} {share:.2f}" for name, share in found.items())
-        typer.echo(f"{data}: {len(trained.visits.subjects)} people\n  shares of codes' variance: {parts}\n  {out / 'shares.tsv'}")
+        typer.echo(f"{data}: {len(trained.visits.subjects)} people\n  shares of codes' variance: {parts}\n  {out / REPORT}")

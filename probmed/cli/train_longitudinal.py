@@ -11,12 +11,13 @@ import typer
 from probmed.cli import progress
 from probmed.cli.cohorts import TimeUnit, names_in, read_atlas
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
+from probmed.report import growth_page, rates_page
 from probmed.tables import Genotypes
 from probmed.volumes import UnusableInput
 from probmed.workflows.growth import GrowthSettings, Registrations, fit_growth
 from probmed.workflows.growth_outputs import REGISTRATIONS, write_growth_run
 from probmed.workflows.longitudinal import RateSettings, fit_rates
-from probmed.workflows.longitudinal_outputs import RECORD, TableSource, write_run
+from probmed.workflows.longitudinal_outputs import RECORD, REPORT, TableSource, write_run
 from probmed.workflows.provenance import Provenance
 
 
@@ -74,7 +75,7 @@ def longitudinal(
     """Explain how a scalar, or the body, changes since baseline: variance components of genes, clinic and phenotype.
 
     Into the folder go components.tsv (variances, shares with intervals, tests), coefficients.tsv, rates.tsv,
-    visits.tsv and longitudinal.json. People who lack in one of the tables are left out, and named in the last.
+    visits.tsv, report.html and longitudinal.json. People who lack in one of the tables are left out, and named in the last.
     With --scans there are maps of each covariate's effect on growth instead of coefficients.tsv and rates.tsv;
     registrations are kept, so that a run that was stopped goes on when the command is given again.
 
@@ -108,20 +109,24 @@ def longitudinal(
             if atlas is None:
                 tell("components", 0.1)
                 result = fit_rates(visits, settings, people)
+                components = result.component_table(lambda share: tell("tests", 0.3 + 0.5 * share))
                 provenance = Provenance.of(command_line(), seed, inputs, lines)
-                components = write_run(result, out, provenance, source, lambda share: tell("tests", 0.3 + 0.7 * share))["components"]
+                page = rates_page(result, components, provenance, data.stem, lambda share: tell("held-out visits", 0.8 + 0.2 * share))
+                write_run(result, components, out, provenance, source, page)
             else:
                 kept = Registrations(out / REGISTRATIONS, seed=seed, device=device.value)
                 fields = GrowthSettings(settings, spacing_mm=spacing, basis=basis.value, separate=separate)
-                growth = fit_growth(visits, fields, atlas, kept, people, progress=lambda stage, share: tell(stage, 0.9 * share))
+                growth = fit_growth(visits, fields, atlas, kept, people, progress=lambda stage, share: tell(stage, 0.8 * share))
                 result, provenance = growth.rates, Provenance.of(command_line(), seed, inputs, lines)
-                components = write_growth_run(growth, out, provenance, source, lambda share: tell("tests", 0.9 + 0.1 * share))
+                components = result.component_table(lambda share: tell("tests", 0.8 + 0.1 * share))
+                page = growth_page(growth, components, kept, provenance, data.stem, lambda share: tell("held-out visits", 0.9 + 0.1 * share))
+                write_growth_run(growth, components, out, provenance, source, page)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")
         rows = components.dropna(subset=["p"]).to_dict("records")
         parts = [f"{row['component']} {row['variance']:.3g} (p {row['p']:.2g})" for row in rows]
-        typer.echo(f"{data}: {result.joined.summary()}\n  variance of the rate: {', '.join(parts)}\n  {out / 'components.tsv'}")
+        typer.echo(f"{data}: {result.joined.summary()}\n  variance of the rate: {', '.join(parts)}\n  {out / REPORT}")
 
 
 def _explained(data: Path, scalar: str | None, scans: str | None) -> str:

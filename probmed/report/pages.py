@@ -1,4 +1,4 @@
-"""The HTML pages of a segmented scan, of a registered pair, of a template and of rates of change."""
+"""The HTML pages of a segmented scan, of a registered pair, of a template, and of how people change."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from probmed import __version__
-from probmed.report import figures, pair_figures, rate_figures, template_figures
+from probmed.report import figures, growth_figures, pair_figures, rate_figures, template_figures
 from probmed.report.panels import data_uri
+from probmed.tables import Genotypes
 from probmed.workflows import rate_checks
+from probmed.workflows.follow_up_checks import Foretold, foretold_growth, held_out_codes, leading
+from probmed.workflows.growth import EQUATION as GROWTH_EQUATION
+from probmed.workflows.growth import Growth, Registrations
 from probmed.workflows.longitudinal import EQUATION as RATE_EQUATION
 from probmed.workflows.longitudinal import RateResult
 from probmed.workflows.propagation import Propagation
@@ -23,6 +27,9 @@ from probmed.workflows.provenance import Provenance
 from probmed.workflows.registration import RegistrationResult
 from probmed.workflows.registration_outputs import total_sd
 from probmed.workflows.segmentation import SegmentationResult
+from probmed.workflows.shape_code_outputs import code_table
+from probmed.workflows.shape_codes import EQUATION as CODE_EQUATION
+from probmed.workflows.shape_codes import ShapeCodes
 from probmed.workflows.template_outputs import scan_table
 from probmed.workflows.templates import TemplateResult
 
@@ -67,7 +74,22 @@ _RATE_SYMBOLS = (
     ("h_own", "a person's own rate, which nothing explains"),
     ("ε", "measurement error"),
 )
+_GROWTH_SYMBOLS = (
+    ("scan_t", "a scan at a visit, scan_B at the first"),
+    ("Δx", "years since the first visit"),
+    ("φ", "the map from the atlas to the first scan"),
+    ("b_j", "fields of which rates of deformation w consist, on the atlas"),
+    *_RATE_SYMBOLS[2:5],
+)
+_CODE_SYMBOLS = (
+    ("z_l", "codes of a visit"),
+    ("K_k", "covariances between people by genes, clinic and phenotype"),
+    ("c", "coefficients of the deformation since the first visit, in fields b_j on the atlas"),
+    ("f", "the decoder"),
+    ("Δx", "years since the first visit, in units of the root of their mean square"),
+)
 _PEOPLE_SHOWN = 8
+_PARTS_SHOWN = 12
 _SIMILARITIES = {
     "correlation": "local correlation",
     "gaussian": "Gaussian noise",
@@ -242,9 +264,6 @@ def rates_page(
         title: the table's name.
     """
     found = rate_checks.held_out(result)
-    checks = rate_checks.ablation(result, tell)
-    coverage = [name for name in checks.columns if name.startswith("coverage_")]
-    shown = checks[["kernels", "task", "visits", "rmse", "log_density", "crps", *coverage]]
     courses = rate_checks.courses(result, _PEOPLE_SHOWN)
     kernels = components.dropna(subset=["share"])
     return _TEMPLATES.get_template("rates.html").render(
@@ -264,15 +283,115 @@ def rates_page(
             for row in result.coefficient_table().to_dict("records")
         ],
         predictions=_image(rate_figures.predictions(found), "predicted against observed change, and histograms of predictive probabilities"),
-        checks={
-            "columns": [re.sub(r"coverage_(\d+)", r"\1 % holds", name).replace("_", " ") for name in shown.columns],
-            "rows": [[_cell(name, value) for name, value in row.items()] for row in shown.to_dict("records")],
-        },
+        checks=_checks(result, tell),
         people=_image(rate_figures.single_people(courses, result.settings.scalar), "courses of single people") if courses else None,
         equation=[_marked_up(RATE_EQUATION)],
         symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _RATE_SYMBOLS],
         provenance=provenance,
     )
+
+
+def growth_page(
+    growth: Growth,
+    components: pd.DataFrame,
+    registrations: Registrations,
+    provenance: Provenance,
+    title: str,
+    tell: Callable[[float], None] = lambda share: None,
+) -> str:
+    """The report of rates of deformation as HTML, with its images inside.
+
+    Arguments:
+        growth: what was found.
+        components: ``growth.rates.component_table()``, which takes long.
+        registrations: those of the run.
+        provenance: how it was made.
+        title: the table's name.
+    """
+    first = leading(growth)
+    separate = len(growth.fits) > 1
+    return _TEMPLATES.get_template("growth.html").render(
+        title=title,
+        version=__version__,
+        summary=[
+            ("people", str(len(growth.rates.joined.subjects))),
+            ("follow-up scans", str(len(growth.rates.fit.data.visits))),
+            ("years", f"{float(growth.rates.fit.data.visits.delta.median()):.3g} (median)"),
+            ("coefficients", f"{growth.basis.columns} on {growth.basis.grid.spacing[0]:.3g} mm"),
+        ],
+        shares=_image(rate_figures.shares(components.dropna(subset=["share"])), "shares of the variance of rates"),
+        components=[_component_row(row) for row in components.to_dict("records")],
+        parts=_image(rate_figures.parts(growth.share_table().head(_PARTS_SHOWN), "coefficient"), "shares by coefficient") if separate else None,
+        effects=[
+            (name, _image(growth_figures.effect(growth.atlas, *maps), f"yearly growth with {name}")) for name, maps in growth.effect_maps().items()
+        ],
+        predictions=_image(rate_figures.predictions(rate_checks.held_out(first)), "predicted against observed change"),
+        checks=_checks(first, tell),
+        **_follow_up(foretold_growth(growth, registrations)),
+        equation=[_marked_up(GROWTH_EQUATION)],
+        symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _GROWTH_SYMBOLS],
+        provenance=provenance,
+    )
+
+
+def codes_page(
+    codes: ShapeCodes, registrations: Registrations, provenance: Provenance, title: str, genotypes: Genotypes | None = None, seed: int = 0
+) -> str:
+    """The report of an autoencoder of changes as HTML, with its images inside.
+
+    Arguments:
+        registrations: those of the run. genotypes: those that it was trained with.
+        provenance: how it was made.
+        title: the table's name.
+    """
+    found = held_out_codes(codes, registrations, genotypes, seed)
+    shown = code_table(codes)
+    known = shown[["subject"]].merge(codes.visits.baseline.reset_index(), on="subject", how="left")
+    colours = {"years": shown["years"]} | {name: known[name] for name in (*codes.visits.covariates, *codes.visits.categorical)}
+    return _TEMPLATES.get_template("codes.html").render(
+        title=title,
+        version=__version__,
+        summary=[
+            ("people", str(len(codes.visits.subjects))),
+            ("follow-up scans", str(len(shown))),
+            ("codes", str(codes.settings.codes)),
+            ("coefficients", f"{codes.basis.columns} on {codes.basis.grid.spacing[0]:.3g} mm"),
+        ],
+        shares=_image(rate_figures.parts(codes.shares(), "code"), "shares of the variance of codes"),
+        time_scale=f"{codes.time_scale:.3g}",
+        latents=[_image(rate_figures.latent(shown, colour, name), f"codes by {name}") for name, colour in colours.items()],
+        predictions=None if found is None else _image(rate_figures.predictions(found[0]), "predicted against observed change"),
+        **_follow_up(None if found is None else found[1]),
+        equation=[_marked_up(CODE_EQUATION)],
+        symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _CODE_SYMBOLS],
+        provenance=provenance,
+    )
+
+
+def _checks(result: RateResult, tell: Callable[[float], None]) -> dict[str, Any]:
+    """The table of predictions with all kernels and without each."""
+    checks = rate_checks.ablation(result, tell)
+    coverage = [name for name in checks.columns if name.startswith("coverage_")]
+    shown = checks[["kernels", "task", "visits", "rmse", "log_density", "crps", *coverage]]
+    return {
+        "columns": [re.sub(r"coverage_(\d+)", r"\1 % holds", name).replace("_", " ") for name in shown.columns],
+        "rows": [[_cell(name, value) for name, value in row.items()] for row in shown.to_dict("records")],
+    }
+
+
+def _follow_up(found: Foretold | None) -> dict[str, Any]:
+    """What ``follow_up.html`` shows."""
+    if found is None:
+        return {"follow_up": None, "person": "", "volumes": []}
+    told = found.forecast
+    return {
+        "follow_up": _image(growth_figures.follow_up(found), "baseline, follow-up and its prediction"),
+        "person": f"{found.subject}, {told.years:.3g} years after the first visit",
+        "volumes": [
+            (row["name"], _figures(row["baseline_ml"], 4), _figures(row["mean"], 4), _between(row, "low", "high", 4))
+            for row in told.volumes.to_dict("records")
+        ],
+    }
 
 
 def _cell(name: Any, value: Any) -> str:

@@ -22,6 +22,11 @@ def label_colours(names: Sequence[str], colours: Sequence[str], shown: Sequence[
     return out
 
 
+def distinct(count: int) -> list[str]:
+    """Colours for classes without order, again from the first where there are many."""
+    return [_DISTINCT[k % len(_DISTINCT)] for k in range(count)]
+
+
 def is_grey(colour: str) -> bool:
     """Whether ``#rrggbb`` has hardly any colour."""
     red, green, blue = rgb(colour)

@@ -1,4 +1,4 @@
-"""The figures of rates of change: shares, predictions against what was seen, calibration, courses of single people."""
+"""The figures of rates of change: shares, predictions against what was seen, calibration, courses of single people, codes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import norm
 
-from probmed.report.palette import ACCENT, FAINT, INK
-from probmed.report.panels import WIDTH, bare_axes, blank_figure
+from probmed.report.palette import ACCENT, FAINT, INK, distinct
+from probmed.report.panels import WIDTH, bare_axes, blank_figure, colour_bar
 from probmed.workflows.rate_checks import Course
 
 _BINS = 10
@@ -100,4 +100,44 @@ def single_people(courses: Sequence[Course], scalar: str) -> Figure:
             axis.set_ylabel(scalar, fontsize=9)
         if line == rows - 1:
             axis.set_xlabel("years", fontsize=9)
+    return figure
+
+
+def parts(table: pd.DataFrame, row: str) -> Figure:
+    """Shares as stacked bars: a bar for each row, whose name is in the column ``row``, a colour for each other column."""
+    names = [name for name in table.columns if name != row]
+    figure = blank_figure(WIDTH, 0.3 * len(table) + 0.9)
+    height = figure.get_figheight()
+    axis = figure.add_axes((0.14, 0.45 / height, 0.66, 1 - 0.6 / height))
+    left = np.zeros(len(table))
+    for name, colour in zip(names, distinct(len(names)), strict=True):
+        axis.barh(range(len(table)), table[name], left=left, color=colour, height=0.75, label=name)
+        left += table[name].to_numpy()
+    axis.set_yticks(range(len(table)), [str(name) for name in table[row]])
+    axis.set_ylim(len(table) - 0.4, -0.6)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("share of variance")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
+    bare_axes(axis)
+    return figure
+
+
+def latent(codes: pd.DataFrame, colour: pd.Series, name: str) -> Figure:
+    """Codes of scans, the first against the second, or against years where there is one, coloured by what is known of their people."""
+    several = "code_2" in codes.columns
+    figure = blank_figure(WIDTH / 2, 3.4)
+    axis = figure.add_axes((0.15, 0.15, 0.68, 0.78))
+    x, y = ("code_1", "code_2") if several else ("years", "code_1")
+    numeric = pd.api.types.is_numeric_dtype(colour)
+    if numeric:
+        shown = axis.scatter(codes[x], codes[y], c=colour, cmap="viridis", s=14, lw=0)
+        colour_bar(figure, figure.add_axes((0.86, 0.15, 0.025, 0.7)), shown, name)
+    else:
+        levels = sorted(colour.dropna().unique(), key=str)
+        for level, ink in zip(levels, distinct(len(levels)), strict=True):
+            axis.plot(codes[x][colour == level], codes[y][colour == level], "o", ms=4, color=ink, label=str(level))
+        axis.legend(title=name, frameon=False, fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.set_xlabel(x.replace("_", " "))
+    axis.set_ylabel(y.replace("_", " "))
+    bare_axes(axis)
     return figure

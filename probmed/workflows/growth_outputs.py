@@ -1,10 +1,9 @@
 """A fitted run of rates of deformation as a folder, and forecasts from it as files.
 
 A run: ``components.tsv`` shares and tests of the kernels, whose variances are relative to the coefficients' scales; where coefficients have
-components of their own, ``shares.tsv`` those of each; for each covariate X
-``atlas_desc-XGrowth.nii.gz``, yearly relative growth of volume per unit of it, and ``_desc-XGrowthSd``, both on the atlas's voxels; ``visits.tsv``
-the visits with their coefficients, ``growth.safetensors`` atlas and basis, ``registrations`` what was registered, and ``longitudinal.json`` settings,
-components and provenance.
+components of their own, ``shares.tsv`` those of each; for each covariate X ``atlas_desc-XGrowth.nii.gz``, yearly relative growth of volume per
+unit of it, and ``_desc-XGrowthSd``, both on the atlas's voxels; ``visits.tsv`` the visits with their coefficients, ``report.html``,
+``growth.safetensors`` atlas and basis, ``registrations`` what was registered, and ``longitudinal.json`` settings, components and provenance.
 
 A forecast of subject S at 2.5 years, on the voxels of the baseline scan:
 
@@ -53,6 +52,7 @@ from probmed.workflows.growth import (
 )
 from probmed.workflows.longitudinal import RateSettings, fit_rates
 from probmed.workflows.longitudinal_outputs import (
+    REPORT,
     RateRun,
     TableSource,
     exact_text,
@@ -274,23 +274,16 @@ def read_fields(stored: dict[str, Tensor], names: dict[str, str], settings: Grow
     return atlas, PrincipalFields(lattice, stored["basis"]) if "basis" in stored else CosineFields.of(lattice, settings.finest_mm)
 
 
-def write_growth_run(
-    growth: Growth,
-    folder: Path,
-    provenance: Provenance,
-    source: TableSource,
-    tell: Callable[[float], None] = lambda share: None,
-) -> pd.DataFrame:
+def write_growth_run(growth: Growth, components: pd.DataFrame, folder: Path, provenance: Provenance, source: TableSource, page: str) -> None:
     """Write a run into a folder, all files or none.
 
-    Returns:
-        The table of components.
+    Arguments:
+        components: ``growth.rates.component_table()``. page: the report, HTML.
 
     Raises:
         UnusableInput: where a file cannot be written.
     """
     result, settings = growth.rates, growth.settings
-    components = result.component_table(tell)
     record = run_record(result, provenance, source)
     record["FieldVariances"] = [fit.variances.tolist() for fit in growth.fits]
     record["FieldScales"] = [fit.scales.tolist() for fit in growth.fits]
@@ -306,8 +299,8 @@ def write_growth_run(
                 write_scan(stage / f"atlas_desc-{_word(name)}{what}.nii.gz", values, growth.atlas.scan)
         with atomic_write(stage / FIELDS) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        (stage / REPORT).write_text(page, encoding="utf-8")
         write_record(stage, result, record)
-    return components
 
 
 def forecast_names(subject: str, years: float) -> dict[str, str]:

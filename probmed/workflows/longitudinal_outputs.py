@@ -1,13 +1,14 @@
 """A fitted run of rates of change as a folder, and predictions from it.
 
 ``components.tsv`` variances, shares and tests of the kernels; ``coefficients.tsv`` β; ``rates.tsv`` what each person's rate consists of;
-``visits.tsv`` the visits that were used, from which predictions for others are made; ``longitudinal.json`` settings, components and provenance.
+``visits.tsv`` the visits that were used, from which predictions for others are made; ``report.html``; ``longitudinal.json`` settings, components and
+provenance.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from probmed.workflows.outputs import staged
 from probmed.workflows.provenance import Provenance
 
 RECORD = "longitudinal.json"
+REPORT = "report.html"
 _LEVEL = 0.9
 
 
@@ -171,28 +173,22 @@ def seen_in(own: Visits, asked: Visits) -> NDArray[np.bool_]:
     return np.asarray(asked.table.set_index(["subject", "years"]).index.isin(own.table.set_index(["subject", "years"]).index))
 
 
-def write_run(
-    result: RateResult,
-    folder: Path,
-    provenance: Provenance,
-    source: TableSource,
-    tell: Callable[[float], None] = lambda share: None,
-) -> dict[str, pd.DataFrame]:
+def write_run(result: RateResult, components: pd.DataFrame, folder: Path, provenance: Provenance, source: TableSource, page: str) -> None:
     """Write a run into a folder, all files or none.
 
-    Returns:
-        The tables of components and coefficients.
+    Arguments:
+        components: ``result.component_table()``. page: the report, HTML.
 
     Raises:
         UnusableInput: where a file cannot be written.
     """
-    tables = {"components": result.component_table(tell), "coefficients": result.coefficient_table()}
+    tables = {"components": components, "coefficients": result.coefficient_table(), "rates": result.rate_table()}
     record = run_record(result, provenance, source)
     with staged(folder, "longitudinal") as stage:
-        for name, table in (*tables.items(), ("rates", result.rate_table())):
+        for name, table in tables.items():
             (stage / f"{name}.tsv").write_text(exact_text(table), encoding="utf-8")
+        (stage / REPORT).write_text(page, encoding="utf-8")
         write_record(stage, result, record)
-    return tables
 
 
 def run_record(result: RateResult, provenance: Provenance, source: TableSource) -> dict[str, Any]:

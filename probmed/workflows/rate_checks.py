@@ -20,7 +20,7 @@ from probmed.workflows.longitudinal import RateResult
 
 FOLDS = 10
 LEVELS = (0.5, 0.8, 0.9, 0.95)
-_LATER, _NEW = "a later visit", "a new person"
+LATER, _NEW = "a later visit", "a new person"
 
 
 def held_out(result: RateResult, fit: ChangeFit | None = None) -> pd.DataFrame:
@@ -34,7 +34,7 @@ def held_out(result: RateResult, fit: ChangeFit | None = None) -> pd.DataFrame:
     """
     fit = result.fit if fit is None else fit
     visits = fit.data.visits
-    rows = [_rows(result, _LATER, last := _last(result), _predicted(fit, last))] if bool(_last(result).any()) else []
+    rows = [_rows(result, LATER, last := held_back(result), _predicted(fit, last))] if bool(held_back(result).any()) else []
     fold = torch.arange(visits.people)[torch.randperm(visits.people, generator=torch.Generator().manual_seed(0))] % FOLDS
     for number in range(FOLDS):
         chosen = fold[visits.subject] == number
@@ -86,10 +86,10 @@ class Course:
 def courses(result: RateResult, count: int, points: int = 30) -> list[Course]:
     """Of those who were seen most often."""
     data = result.fit.data
-    last = _last(result)
+    last = held_back(result)
     people = data.visits.subject[last]
     visits = data.visits.sums(torch.ones_like(data.visits.delta))[people]
-    told = _rest(result.fit, last)
+    told = rest(result.fit, last)
     found = []
     for row in visits.argsort(descending=True, stable=True)[:count].tolist():
         person, mine = int(people[row]), data.visits.subject == people[row]
@@ -111,8 +111,8 @@ def _without(fit: ChangeFit, component: int) -> ChangeFit:
     return fit_components(fit.data, fit.restricted, fit.variances[kept], torch.eye(fit.data.count).to(fit.variances)[:, kept])
 
 
-def _last(result: RateResult) -> Tensor:
-    """Of each person with several follow-ups, ``(N,)`` bool."""
+def held_back(result: RateResult) -> Tensor:
+    """The last visit of each person who was seen again more than once, ``(N,)`` bool."""
     visits = result.fit.data.visits
     years = visits.delta.new_full((visits.people,), -torch.inf).scatter_reduce(0, visits.subject, visits.delta, "amax")
     several = visits.sums(torch.ones_like(visits.delta)) > 1
@@ -121,10 +121,10 @@ def _last(result: RateResult) -> Tensor:
 
 def _predicted(fit: ChangeFit, chosen: Tensor) -> Prediction:
     """Of some visits, ``(N,)`` bool, from the others."""
-    return _rest(fit, chosen).predict(fit.data.visits.only(chosen))
+    return rest(fit, chosen).predict(fit.data.visits.only(chosen))
 
 
-def _rest(fit: ChangeFit, chosen: Tensor) -> ChangeFit:
+def rest(fit: ChangeFit, chosen: Tensor) -> ChangeFit:
     """Conditioned on all visits but some, at the same components."""
     others = replace(fit.data, change=fit.data.change[~chosen], visits=fit.data.visits.only(~chosen))
     return at_components(others, fit.variances, fit.restricted)

@@ -2,7 +2,7 @@
 
 ``shares.tsv`` how each code's variance divides among kernels, people's own and noise; ``codes.tsv`` the codes of every visit; ``visits.tsv`` the
 visits that it was trained on; ``codes.safetensors`` networks, prior, atlas and basis; ``registrations`` what was registered;
-``checkpoint.safetensors`` and ``log.csv`` the training's; ``gp-prior-vae.json`` settings and provenance.
+``checkpoint.safetensors`` and ``log.csv`` the training's; ``report.html``; ``gp-prior-vae.json`` settings and provenance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from probmed.volumes import UnusableInput
 from probmed.workflows.growth import Forecast, Registrations
 from probmed.workflows.growth_outputs import REGISTRATIONS, field_tensors, read_fields, read_settings, read_tensors, wanted_forecasts
 from probmed.workflows.longitudinal import RateSettings
-from probmed.workflows.longitudinal_outputs import TableSource, exact_text, with_tuples
+from probmed.workflows.longitudinal_outputs import REPORT, TableSource, exact_text, with_tuples
 from probmed.workflows.outputs import staged
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, build, predict_scans
@@ -98,11 +98,11 @@ def _read_codes(folder: Path, record: dict[str, Any], stored: dict[str, Tensor])
     return ShapeCodes(settings, atlas, basis, model, guide, visits, stored["coefficients"], *scales)
 
 
-def write_codes_run(codes: ShapeCodes, folder: Path, provenance: Provenance, source: TableSource) -> pd.DataFrame:
+def write_codes_run(codes: ShapeCodes, folder: Path, provenance: Provenance, source: TableSource, page: str) -> None:
     """Write a run into a folder, all files or none.
 
-    Returns:
-        The shares of the codes' variances.
+    Arguments:
+        page: the report, HTML.
 
     Raises:
         UnusableInput: where a file cannot be written.
@@ -123,23 +123,22 @@ def write_codes_run(codes: ShapeCodes, folder: Path, provenance: Provenance, sou
     tensors = field_tensors(codes.atlas, codes.basis) | {"coefficients": codes.coefficients}
     for prefix, module in (("model.", codes.model), ("guide.", codes.guide)):
         tensors |= {f"{prefix}{name}": x for name, x in module.state_dict().items()}
-    shares = codes.shares()
     with staged(folder, "gp-prior-vae") as stage:
         # Model and guide share the prior, and a file holds each tensor once.
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, stage / TENSORS)
-        (stage / "shares.tsv").write_text(exact_text(shares), encoding="utf-8")
+        (stage / "shares.tsv").write_text(exact_text(codes.shares()), encoding="utf-8")
         (stage / "codes.tsv").write_text(exact_text(code_table(codes)), encoding="utf-8")
         (stage / "visits.tsv").write_text(exact_text(visits.table.drop(columns=list(visits.scans))), encoding="utf-8")
+        (stage / REPORT).write_text(page, encoding="utf-8")
         (stage / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False, default=_plain) + "\n", encoding="utf-8")
-    return shares
 
 
 @torch.no_grad()
 def code_table(codes: ShapeCodes) -> pd.DataFrame:
-    """A row a follow-up scan: subject, years, and mean and standard deviation of each code."""
+    """A row a follow-up scan: subject, years, and mean and standard deviation of each code as the scan alone has it."""
     seen = ~codes.coefficients.isnan().all(1)
     mean, log_sd = codes.guide.encoder(codes.coefficients[seen]).chunk(2, -1)
-    values = torch.stack([mean, log_sd.exp()], -1).flatten(1)
+    values = torch.stack([mean, codes.guide.sd * log_sd.exp()], -1).flatten(1)
     names = [f"{what}_{k + 1}" for k in range(mean.shape[1]) for what in ("code", "sd")]
     visits = codes.visits.table[seen.numpy()][["subject", "years"]].reset_index(drop=True)
     return pd.concat([visits, pd.DataFrame(values.numpy(), columns=names)], axis=1)

@@ -38,7 +38,7 @@ from probmed.workflows.growth_outputs import body_of, not_in_genotypes, wanted_f
 from probmed.workflows.longitudinal import cohort_of, design_of, kernels_of, reference_people
 from probmed.workflows.longitudinal_outputs import together
 
-EQUATION = "z_l ~ GP(Δx xᵀβ_l, Δx Δx' Σ_k τ_lk K_k + noise), c ~ N(f(z) − f(0), σ²), scan_t = scan_B ∘ exp(−Σ_j c_j b_j)"
+EQUATION = "z_l ~ GP(Δx xᵀβ_l, Δx Δx' Σ_k τ_lk K_k + noise), c_j ~ N(f_j(z) − f_j(0), σ_j²), scan_t = scan_B ∘ exp(−Σ_j c_j b_j)"
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,19 @@ class ShapeCodes:
     time_scale: float
     log: list[Row] = field(default_factory=list)
 
+    @property
+    def noise(self) -> Tensor:
+        """Standard deviations of coefficients given the codes, ``(J,)`` in units of ``scale``."""
+        likelihood = self.model.likelihood
+        if not isinstance(likelihood, PixelNormal):
+            raise TypeError(f"expected a PixelNormal, got {type(likelihood).__name__}")
+        return likelihood.log_sd.detach().exp()
+
     def shares(self) -> pd.DataFrame:
         """A row a code: how its variance divides among the components, at ``time_scale`` years, and noise."""
         prior = self.model.prior
-        return pd.DataFrame(prior.shares.tolist(), columns=[*prior.components, "noise"]).rename_axis("code").reset_index()
+        shares = pd.DataFrame(prior.shares.tolist(), columns=[*prior.components, "noise"])
+        return shares.set_axis(shares.index + 1).rename_axis("code").reset_index()
 
 
 def fit_codes(
@@ -150,6 +159,7 @@ def fit_codes(
     coefficients = torch.full((len(joined.visits), basis.columns), torch.nan, dtype=torch.float64)
     coefficients[rows] = found / scale
     model, guide = build(settings, cohort.inputs["fixed"].shape[-1], names, basis.columns, seed)
+    start_at_leading(model, guide, found / scale)
     images = pad_visits(joined.visits.person, coefficients)
     known = cohort.only(~images.isnan().all(-1))
     log = train(
@@ -172,9 +182,28 @@ def build(settings: CodeSettings, fixed: int, names: Sequence[str], columns: int
     with seeded(seed):
         components: dict[str, nn.Module] = {name: Linear() for name in names} | {"own": Slope()}
         prior = CodePrior(settings.codes, components, {"fixed": nn.Linear(fixed, settings.codes, bias=False)})
-        model = GPPriorVAE(prior, Perceptron(settings.codes, settings.hidden, columns, centred=True), PixelNormal(0.2))
+        model = GPPriorVAE(prior, Perceptron(settings.codes, settings.hidden, columns, centred=True), PixelNormal(0.2, (columns,)))
         guide = GPPriorGuide(model, Perceptron(columns, settings.hidden, 2 * settings.codes))
     return model.double(), guide.double()
+
+
+def start_at_leading(model: GPPriorVAE, guide: GPPriorGuide, coefficients: Tensor) -> None:
+    """Codes that are the first coefficients, in units of their root mean square; what training starts from.
+
+    Arguments:
+        coefficients: ``(N, J)``, those that vary most first.
+    """
+    decoder, encoder = model.decoder, guide.encoder
+    if not isinstance(decoder, Perceptron) or not isinstance(encoder, Perceptron):
+        raise TypeError(f"expected Perceptrons, got {type(decoder).__name__} and {type(encoder).__name__}")
+    codes = range(min(model.prior.codes, coefficients.shape[1]))
+    size = coefficients.square().mean(0).sqrt()
+    with torch.no_grad():
+        for layer in (decoder.linear, encoder.linear):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        for k in codes:
+            decoder.linear.weight[k, k], encoder.linear.weight[k, k] = size[k], 1 / size[k]
 
 
 def described(joined: Joined, settings: CodeSettings, reference: Sequence[str], time_scale: float) -> tuple[Cohort, tuple[str, ...]]:
