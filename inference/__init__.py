@@ -3,6 +3,7 @@
 from probmed.inference.affine import Alignment, align
 from probmed.inference.em import Mode, Round, ascend, em, log_joint
 from probmed.inference.gp_prior import GlobalWeights, accumulated_loss, exact_loss, forecast
+from probmed.inference.gp_prior_smoothed import smoothed_forecast, smoothed_loss
 from probmed.inference.guides import MAP, CompositeGuide, FieldGuide, SpectralNormal, automatic, structured
 from probmed.inference.infer import infer
 from probmed.inference.laplace import conjugate_gradients, laplace_draws
@@ -37,5 +38,7 @@ __all__ = [
     "log_joint",
     "predictive_draws",
     "prior_draws",
+    "smoothed_forecast",
+    "smoothed_loss",
     "structured",
 ]
