@@ -24,6 +24,7 @@ from probmed.workflows.growth import GrowthSettings, LabelledScan, Registered
 from probmed.workflows.longitudinal import RateSettings
 from probmed.workflows.longitudinal_outputs import TableSource
 from probmed.workflows.provenance import Provenance
+from probmed.workflows.regional import log_volumes, region_weights, regions_of_codes
 from probmed.workflows.shape_code_outputs import CodesRun, write_codes_run
 from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, fit_codes, predict_scans
 
@@ -138,6 +139,20 @@ def test_last_visits_are_predicted_without_them(trained: tuple[Discs, ShapeCodes
 
 
 @pytest.mark.slow
+def test_what_explains_a_region_s_volume_is_what_the_cohort_has(trained: tuple[Discs, ShapeCodes]) -> None:
+    """Dose is a fixed effect: what is left of the rate is a person's own."""
+    discs, codes = trained
+    table = regions_of_codes(codes)
+    assert list(table["component"]) == ["own"] and list(table["name"]) == ["disc"]
+    assert float(table["p"].iloc[0]) < 0.05
+    rows = (~codes.coefficients.isnan().all(1)).nonzero()[:, 0]
+    logs = log_volumes(codes.basis, region_weights(codes.basis, codes.atlas), codes.scale * codes.coefficients[rows])[:, 0]
+    person = codes.visits.person[rows]
+    expected = 2 * discs.rate[:30][person] * codes.visits.years_since_baseline[rows]
+    assert float((logs - expected).square().mean().sqrt()) < 0.25 * float(expected.square().mean().sqrt())
+
+
+@pytest.mark.slow
 def test_shares_of_a_code_s_variance_sum_to_one(trained: tuple[Discs, ShapeCodes]) -> None:
     table = trained[1].shares()
     assert list(table.columns) == ["code", "own", "noise"]
@@ -156,7 +171,7 @@ def test_requests_that_cannot_be_met_get_one_line(trained: tuple[Discs, ShapeCod
 @pytest.mark.slow
 def test_a_run_in_a_folder_predicts_the_same(trained: tuple[Discs, ShapeCodes], tmp_path: Path) -> None:
     discs, codes = trained
-    write_codes_run(codes, tmp_path, Provenance.of("probmed train gp-prior-vae", 0, [], []), TableSource(), "<html>")
+    write_codes_run(codes, regions_of_codes(codes), tmp_path, Provenance.of("probmed train gp-prior-vae", 0, [], []), TableSource(), "<html>")
     run = CodesRun.load(tmp_path)
     path = discs.table(range(30, 32), (0.0, 2.0), unseen=(2.0,))
     volumes = [

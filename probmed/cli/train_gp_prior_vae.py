@@ -18,6 +18,7 @@ from probmed.workflows.growth_outputs import REGISTRATIONS
 from probmed.workflows.longitudinal import RateSettings
 from probmed.workflows.longitudinal_outputs import REPORT, TableSource
 from probmed.workflows.provenance import Provenance
+from probmed.workflows.regional import regions_of_codes
 from probmed.workflows.shape_code_outputs import RECORD, write_codes_run
 from probmed.workflows.shape_codes import CodeSettings, fit_codes
 
@@ -55,7 +56,7 @@ def gp_prior_vae(
     """Learn codes of how bodies change, whose prior follows genes, clinic, phenotype and time.
 
     Baseline scans are registered to the atlas, later ones to the baseline. Into the folder go shares.tsv (how each code's variance divides),
-    codes.tsv, visits.tsv, codes.safetensors, report.html and gp-prior-vae.json. A run that was stopped goes on when
+    codes.tsv, regions.tsv, visits.tsv, codes.safetensors, report.html and gp-prior-vae.json. A run that was stopped goes on when
     the command is given again.
 
     [bold]Examples[/bold]
@@ -83,8 +84,9 @@ def gp_prior_vae(
             kept = Registrations(out / REGISTRATIONS, seed=seed, device=device.value)
             trained = fit_codes(visits, settings, atlas, kept, people, seed=seed, folder=out, progress=tell)
             provenance = Provenance.of(command_line(), seed, inputs, lines)
-            page = codes_page(trained, kept, provenance, data.stem, people, seed)
-            write_codes_run(trained, out, provenance, source, page)
+            regions = regions_of_codes(trained, people)
+            page = codes_page(trained, regions, kept, provenance, data.stem, people, seed)
+            write_codes_run(trained, regions, out, provenance, source, page)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")

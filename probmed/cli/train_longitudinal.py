@@ -19,6 +19,7 @@ from probmed.workflows.growth_outputs import REGISTRATIONS, write_growth_run
 from probmed.workflows.longitudinal import RateSettings, fit_rates
 from probmed.workflows.longitudinal_outputs import RECORD, REPORT, TableSource, write_run
 from probmed.workflows.provenance import Provenance
+from probmed.workflows.regional import regions_of_growth
 
 
 class Basis(str, Enum):
@@ -76,8 +77,8 @@ def longitudinal(
 
     Into the folder go components.tsv (variances, shares with intervals, tests), coefficients.tsv, rates.tsv,
     visits.tsv, report.html and longitudinal.json. People who lack in one of the tables are left out, and named in the last.
-    With --scans there are maps of each covariate's effect on growth instead of coefficients.tsv and rates.tsv;
-    registrations are kept, so that a run that was stopped goes on when the command is given again.
+    With --scans there are regions.tsv (shares of regions' volumes) and maps of each covariate's effect on growth instead of
+    coefficients.tsv and rates.tsv; registrations are kept, so that a run that was stopped goes on when the command is given again.
 
     [bold]Examples[/bold]
 
@@ -119,8 +120,9 @@ def longitudinal(
                 growth = fit_growth(visits, fields, atlas, kept, people, progress=lambda stage, share: tell(stage, 0.8 * share))
                 result, provenance = growth.rates, Provenance.of(command_line(), seed, inputs, lines)
                 components = result.component_table(lambda share: tell("tests", 0.8 + 0.1 * share))
-                page = growth_page(growth, components, kept, provenance, data.stem, lambda share: tell("held-out visits", 0.9 + 0.1 * share))
-                write_growth_run(growth, components, out, provenance, source, page)
+                regions = regions_of_growth(growth, people)
+                page = growth_page(growth, components, regions, kept, provenance, data.stem, lambda share: tell("held-out visits", 0.9 + 0.1 * share))
+                write_growth_run(growth, components, regions, out, provenance, source, page)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")

@@ -294,6 +294,7 @@ def rates_page(
 def growth_page(
     growth: Growth,
     components: pd.DataFrame,
+    regions: pd.DataFrame,
     registrations: Registrations,
     provenance: Provenance,
     title: str,
@@ -303,7 +304,7 @@ def growth_page(
 
     Arguments:
         growth: what was found.
-        components: ``growth.rates.component_table()``, which takes long.
+        components: ``growth.rates.component_table()``, which takes long. regions: of ``regions_of_growth``.
         registrations: those of the run.
         provenance: how it was made.
         title: the table's name.
@@ -327,6 +328,8 @@ def growth_page(
         ],
         predictions=_image(rate_figures.predictions(rate_checks.held_out(first)), "predicted against observed change"),
         checks=_checks(first, tell),
+        regions=[_region_row(row) for row in regions.to_dict("records")],
+        source="as registered",
         **_follow_up(foretold_growth(growth, registrations)),
         equation=[_marked_up(GROWTH_EQUATION)],
         symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _GROWTH_SYMBOLS],
@@ -335,11 +338,18 @@ def growth_page(
 
 
 def codes_page(
-    codes: ShapeCodes, registrations: Registrations, provenance: Provenance, title: str, genotypes: Genotypes | None = None, seed: int = 0
+    codes: ShapeCodes,
+    regions: pd.DataFrame,
+    registrations: Registrations,
+    provenance: Provenance,
+    title: str,
+    genotypes: Genotypes | None = None,
+    seed: int = 0,
 ) -> str:
     """The report of an autoencoder of changes as HTML, with its images inside.
 
     Arguments:
+        regions: of ``regions_of_codes``.
         registrations: those of the run. genotypes: those that it was trained with.
         provenance: how it was made.
         title: the table's name.
@@ -361,11 +371,18 @@ def codes_page(
         time_scale=f"{codes.time_scale:.3g}",
         latents=[_image(rate_figures.latent(shown, colour, name), f"codes by {name}") for name, colour in colours.items()],
         predictions=None if found is None else _image(rate_figures.predictions(found[0]), "predicted against observed change"),
+        regions=[_region_row(row) for row in regions.to_dict("records")],
+        source="as decoded from each scan's codes",
         **_follow_up(None if found is None else found[1]),
         equation=[_marked_up(CODE_EQUATION)],
         symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _CODE_SYMBOLS],
         provenance=provenance,
     )
+
+
+def _region_row(row: Mapping[Any, Any]) -> list[str]:
+    shares = [_figures(row["share"], 2), _between(row, "share_low", "share_high", 2)]
+    return [row["name"], row["component"], *shares, _figures(row["statistic"]), _figures(row["p"], 2)]
 
 
 def _checks(result: RateResult, tell: Callable[[float], None]) -> dict[str, Any]:

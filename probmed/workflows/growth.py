@@ -6,7 +6,7 @@ in a basis of fields → variance components and effects, as of a scalar → for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -386,18 +386,22 @@ def principal_fields(
     return PrincipalFields(lattice, torch.tensordot(mixing.to(fields), fields, 1))
 
 
-def with_coefficients(visits: Visits, rows: Tensor, coefficients: Tensor) -> Visits:
-    """A table whose scalars are coefficients: 0 at each person's first visit, from which change is counted, those given at ``rows``, else missing.
+def with_columns(visits: Visits, rows: Tensor, values: Tensor, names: Sequence[str]) -> Visits:
+    """A table with further scalars: 0 at each person's first visit, from which change is counted, those given at ``rows``, else missing.
 
     Arguments:
-        rows: ``(N,)`` places of visits; coefficients: theirs, ``(N, J)``.
+        rows: ``(N,)`` places of visits; values: theirs, ``(N, J)``.
     """
-    values = torch.full((len(visits), coefficients.shape[1]), torch.nan, dtype=torch.float64)
-    values[torch.tensor((~visits.table["subject"].duplicated()).to_numpy())] = 0.0
-    values[rows] = coefficients
-    names = column_names(coefficients.shape[1])
-    table = pd.DataFrame(values.numpy(), columns=list(names), index=visits.table.index)
+    every = torch.full((len(visits), len(names)), torch.nan, dtype=torch.float64)
+    every[torch.tensor((~visits.table["subject"].duplicated()).to_numpy())] = 0.0
+    every[rows] = values
+    table = pd.DataFrame(every.numpy(), columns=list(names), index=visits.table.index)
     return replace(visits, table=pd.concat([visits.table, table], axis=1), scalars=(*visits.scalars, *names))
+
+
+def with_coefficients(visits: Visits, rows: Tensor, coefficients: Tensor) -> Visits:
+    """``with_columns`` of coefficients ``(N, J)``."""
+    return with_columns(visits, rows, coefficients, column_names(coefficients.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """A fitted run of rates of deformation as a folder, and forecasts from it as files.
 
 A run: ``components.tsv`` shares and tests of the kernels, whose variances are relative to the coefficients' scales; where coefficients have
-components of their own, ``shares.tsv`` those of each; for each covariate X ``atlas_desc-XGrowth.nii.gz``, yearly relative growth of volume per
-unit of it, and ``_desc-XGrowthSd``, both on the atlas's voxels; ``visits.tsv`` the visits with their coefficients, ``report.html``,
-``growth.safetensors`` atlas and basis, ``registrations`` what was registered, and ``longitudinal.json`` settings, components and provenance.
+components of their own, ``shares.tsv`` those of each; ``regions.tsv`` shares and tests of each region's volume; for each covariate X
+``atlas_desc-XGrowth.nii.gz``, yearly relative growth of volume per unit of it, and ``_desc-XGrowthSd``, both on the atlas's voxels; ``visits.tsv``
+the visits with their coefficients, ``report.html``, ``growth.safetensors`` atlas and basis, ``registrations`` what was registered, and
+``longitudinal.json`` settings, components and provenance.
 
 A forecast of subject S at 2.5 years, on the voxels of the baseline scan:
 
@@ -274,11 +275,13 @@ def read_fields(stored: dict[str, Tensor], names: dict[str, str], settings: Grow
     return atlas, PrincipalFields(lattice, stored["basis"]) if "basis" in stored else CosineFields.of(lattice, settings.finest_mm)
 
 
-def write_growth_run(growth: Growth, components: pd.DataFrame, folder: Path, provenance: Provenance, source: TableSource, page: str) -> None:
+def write_growth_run(
+    growth: Growth, components: pd.DataFrame, regions: pd.DataFrame, folder: Path, provenance: Provenance, source: TableSource, page: str
+) -> None:
     """Write a run into a folder, all files or none.
 
     Arguments:
-        components: ``growth.rates.component_table()``. page: the report, HTML.
+        components: ``growth.rates.component_table()``. regions: of ``regions_of_growth``. page: the report, HTML.
 
     Raises:
         UnusableInput: where a file cannot be written.
@@ -292,6 +295,7 @@ def write_growth_run(growth: Growth, components: pd.DataFrame, folder: Path, pro
     tensors = field_tensors(growth.atlas, growth.basis)
     with staged(folder, "longitudinal") as stage:
         (stage / "components.tsv").write_text(exact_text(components), encoding="utf-8")
+        (stage / "regions.tsv").write_text(exact_text(regions), encoding="utf-8")
         if settings.separate:
             (stage / "shares.tsv").write_text(exact_text(growth.share_table()), encoding="utf-8")
         for name, maps in growth.effect_maps().items():

@@ -1,8 +1,9 @@
 """A trained autoencoder of changes as a folder.
 
-``shares.tsv`` how each code's variance divides among kernels, people's own and noise; ``codes.tsv`` the codes of every visit; ``visits.tsv`` the
-visits that it was trained on; ``codes.safetensors`` networks, prior, atlas and basis; ``registrations`` what was registered;
-``checkpoint.safetensors`` and ``log.csv`` the training's; ``report.html``; ``gp-prior-vae.json`` settings and provenance.
+``shares.tsv`` how each code's variance divides among kernels, people's own and noise; ``codes.tsv`` the codes of every visit; ``regions.tsv``
+shares and tests of each region's decoded volume; ``visits.tsv`` the visits that it was trained on; ``codes.safetensors`` networks, prior, atlas and
+basis; ``registrations`` what was registered; ``checkpoint.safetensors`` and ``log.csv`` the training's; ``report.html``; ``gp-prior-vae.json``
+settings and provenance.
 """
 
 from __future__ import annotations
@@ -98,11 +99,11 @@ def _read_codes(folder: Path, record: dict[str, Any], stored: dict[str, Tensor])
     return ShapeCodes(settings, atlas, basis, model, guide, visits, stored["coefficients"], *scales)
 
 
-def write_codes_run(codes: ShapeCodes, folder: Path, provenance: Provenance, source: TableSource, page: str) -> None:
+def write_codes_run(codes: ShapeCodes, regions: pd.DataFrame, folder: Path, provenance: Provenance, source: TableSource, page: str) -> None:
     """Write a run into a folder, all files or none.
 
     Arguments:
-        page: the report, HTML.
+        regions: of ``regions_of_codes``. page: the report, HTML.
 
     Raises:
         UnusableInput: where a file cannot be written.
@@ -127,6 +128,7 @@ def write_codes_run(codes: ShapeCodes, folder: Path, provenance: Provenance, sou
         # Model and guide share the prior, and a file holds each tensor once.
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, stage / TENSORS)
         (stage / "shares.tsv").write_text(exact_text(codes.shares()), encoding="utf-8")
+        (stage / "regions.tsv").write_text(exact_text(regions), encoding="utf-8")
         (stage / "codes.tsv").write_text(exact_text(code_table(codes)), encoding="utf-8")
         (stage / "visits.tsv").write_text(exact_text(visits.table.drop(columns=list(visits.scans))), encoding="utf-8")
         (stage / REPORT).write_text(page, encoding="utf-8")
