@@ -30,7 +30,8 @@ from probmed.transforms import Affine, Displacement, Velocity, physical_gradient
 from probmed.volumes import Volume, read_labels, read_scan, scaled, write_labels, write_scan
 from probmed.workflows.growth import Body, Forecast, GrowthSettings, LabelledScan, Registrations, fit_growth, forecast
 from probmed.workflows.longitudinal import RateSettings, fit_rates
-from probmed.workflows.shape_codes import CodeSettings, fit_codes, predict_scans
+from probmed.workflows.shape_code_training import fit_codes
+from probmed.workflows.shape_codes import CodeSettings, predict_scans
 
 TRAINED, ASKED = 60, 30
 YEARS = (1.5, 3.0)

@@ -228,3 +228,10 @@ def test_segment_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     result = CliRunner().invoke(cli.app, ["demo", "-o", str(tmp_path / "out"), "--draws", "4"])
     assert result.exit_code == 0, result.output
     assert torch.is_grad_enabled()
+
+
+def test_commands_do_not_wait_for_what_they_do_not_use() -> None:
+    """MONAI and Fabric take seconds to import."""
+    code = "import sys, probmed.cli; print(sorted({'monai', 'lightning_fabric'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

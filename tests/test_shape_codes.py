@@ -26,7 +26,8 @@ from probmed.workflows.longitudinal_outputs import TableSource
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.regional import log_volumes, region_weights, regions_of_codes
 from probmed.workflows.shape_code_outputs import CodesRun, write_codes_run
-from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, fit_codes, predict_scans
+from probmed.workflows.shape_code_training import fit_codes
+from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, predict_scans
 
 GRID = Grid.from_spacing((24, 22), 1.5)
 RADIUS = 8.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from probmed.workflows.longitudinal_outputs import REPORT, TableSource
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.regional import regions_of_codes
 from probmed.workflows.shape_code_outputs import RECORD, write_codes_run
-from probmed.workflows.shape_codes import CodeSettings, fit_codes
+from probmed.workflows.shape_codes import CodeSettings
 
 
 def gp_prior_vae(
@@ -82,7 +83,8 @@ def gp_prior_vae(
             rates = RateSettings(scans, names_in(mean), names_in(clinical), names_in(phenotype), min_frequency=min_frequency)
             settings = CodeSettings(GrowthSettings(rates, spacing_mm=spacing), codes, steps=steps, learning_rate=learning_rate)
             kept = Registrations(out / REGISTRATIONS, seed=seed, device=device.value)
-            trained = fit_codes(visits, settings, atlas, kept, people, seed=seed, folder=out, progress=tell)
+            training = importlib.import_module("probmed.workflows.shape_code_training")  # Fabric takes seconds to import
+            trained = training.fit_codes(visits, settings, atlas, kept, people, seed=seed, folder=out, progress=tell)
             provenance = Provenance.of(command_line(), seed, inputs, lines)
             regions = regions_of_codes(trained, people)
             page = codes_page(trained, regions, kept, provenance, data.stem, people, seed)

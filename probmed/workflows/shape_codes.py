@@ -1,4 +1,4 @@
-"""Codes of how bodies change: what `probmed train gp-prior-vae` does, as one function, and forecasts from it.
+"""Codes of how bodies change, and forecasts from them; ``shape_code_training`` finds them.
 
 Register the atlas to each baseline scan, and each baseline to its follow-ups → carry the logarithms of the latter to the atlas → their
 coefficients in a basis of fields → a variational autoencoder of these, whose codes have a Gaussian process over people and time as prior: nothing at
@@ -10,27 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from probmed.inference.gp_prior_smoothed import smoothed_forecast, smoothed_loss
+from probmed.inference.gp_prior_smoothed import smoothed_forecast
 from probmed.inference.parameters import seeded
-from probmed.inference.training import Row, TrainingSettings, train
 from probmed.models.gp_prior_vae import CodePrior, Cohort, GPPriorGuide, GPPriorVAE, Linear, PixelNormal, Slope, pad_visits
 from probmed.models.longitudinal_field import FieldBasis
-from probmed.slopes import FollowUps
 from probmed.tables import Genotypes, Joined, Visits
 from probmed.workflows.growth import (
     Forecast,
     GrowthSettings,
     LabelledScan,
     Registrations,
-    check_scans,
-    choose_basis,
-    follow_up_rows,
     forecast_from,
     transported_changes,
 )
@@ -106,7 +100,7 @@ class ShapeCodes:
     scale: float
     names: tuple[str, ...]
     time_scale: float
-    log: list[Row] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def noise(self) -> Tensor:
@@ -123,56 +117,6 @@ class ShapeCodes:
         return shares.set_axis(shares.index + 1).rename_axis("code").reset_index()
 
 
-def fit_codes(
-    visits: Visits,
-    settings: CodeSettings,
-    atlas: LabelledScan,
-    registrations: Registrations,
-    genotypes: Genotypes | None = None,
-    *,
-    seed: int = 0,
-    folder: Path | None = None,
-    progress: Callable[[str, float], None] = lambda stage, share: None,
-) -> ShapeCodes:
-    """Register a cohort, and train.
-
-    Arguments:
-        visits: with ``settings.growth.rates.scalar`` among its columns of scans.
-        folder: where the training keeps its checkpoint.
-        progress: called with a stage's name and the share of the work done.
-
-    Raises:
-        UnusableInput: as ``fit_growth``.
-    """
-    growth = settings.growth
-    joined = cohort_of(visits, growth.rates, genotypes)
-    check_scans(joined.visits, growth.rates.scalar, atlas)
-    rows = follow_up_rows(joined.visits, growth.rates.scalar)
-    years = joined.visits.years_since_baseline
-    time_scale = float(years[rows].square().mean().sqrt())
-    cohort, names = described(joined, settings, joined.subjects, time_scale)
-    fields = transported_changes(joined.visits, rows, growth, atlas, registrations, lambda share: progress("registering", 0.6 * share))
-    follow_ups = FollowUps(years[rows], joined.visits.person[rows], len(joined.subjects))
-    basis = choose_basis(fields, follow_ups, growth, atlas.lattice(growth.spacing_mm), visits.path)
-    found = basis.coefficients(fields)
-    scale = float(found.square().sum(1).mean().sqrt())
-    coefficients = torch.full((len(joined.visits), basis.columns), torch.nan, dtype=torch.float64)
-    coefficients[rows] = found / scale
-    model, guide = build(settings, cohort.inputs["fixed"].shape[-1], names, basis.columns, seed)
-    start_at_leading(model, guide, found / scale)
-    images = pad_visits(joined.visits.person, coefficients)
-    known = cohort.only(~images.isnan().all(-1))
-    log = train(
-        lambda _: smoothed_loss(model, guide, known, images) / len(rows),
-        {"model": model, "guide": guide},
-        lambda generator: None,
-        TrainingSettings(settings.steps, settings.learning_rate, clip_norm=None, seed=seed, every=max(1, settings.steps // 20)),
-        folder=folder,
-        tell=lambda row, share: progress("training", 0.6 + 0.4 * share),
-    )
-    return ShapeCodes(settings, atlas, basis, model, guide, joined.visits, coefficients, scale, names, time_scale, log)
-
-
 def build(settings: CodeSettings, fixed: int, names: Sequence[str], columns: int, seed: int = 0) -> tuple[GPPriorVAE, GPPriorGuide]:
     """Model and guide before training.
 
@@ -185,25 +129,6 @@ def build(settings: CodeSettings, fixed: int, names: Sequence[str], columns: int
         model = GPPriorVAE(prior, Perceptron(settings.codes, settings.hidden, columns, centred=True), PixelNormal(0.2, (columns,)))
         guide = GPPriorGuide(model, Perceptron(columns, settings.hidden, 2 * settings.codes))
     return model.double(), guide.double()
-
-
-def start_at_leading(model: GPPriorVAE, guide: GPPriorGuide, coefficients: Tensor) -> None:
-    """Codes that are the first coefficients, in units of their root mean square; what training starts from.
-
-    Arguments:
-        coefficients: ``(N, J)``, those that vary most first.
-    """
-    decoder, encoder = model.decoder, guide.encoder
-    if not isinstance(decoder, Perceptron) or not isinstance(encoder, Perceptron):
-        raise TypeError(f"expected Perceptrons, got {type(decoder).__name__} and {type(encoder).__name__}")
-    codes = range(min(model.prior.codes, coefficients.shape[1]))
-    size = coefficients.square().mean(0).sqrt()
-    with torch.no_grad():
-        for layer in (decoder.linear, encoder.linear):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        for k in codes:
-            decoder.linear.weight[k, k], encoder.linear.weight[k, k] = size[k], 1 / size[k]
 
 
 def described(joined: Joined, settings: CodeSettings, reference: Sequence[str], time_scale: float) -> tuple[Cohort, tuple[str, ...]]:
