@@ -53,6 +53,7 @@ FEW = {
     ("msd_hippocampus", "ANTs SyNCC"): 30,
     ("msd_hippocampus", "SimpleITK B-spline"): 30,
     ("msd_hippocampus", "probmed, network refined"): 30,
+    ("ibsr18", "ANTs SyN"): 32,
     ("oasis_trt_slices", "SimpleITK B-spline"): 30,
     ("ibsr18", "ANTs SyNCC"): 2,
     ("ibsr18", "SimpleITK B-spline"): 4,

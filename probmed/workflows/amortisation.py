@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -207,7 +208,7 @@ class TrainedRegistration:
                 raise ValueError(f"it is a network for {described['system']}")
             trained = cls.build(Grid.from_spacing(described["shape"], described["spacing_mm"]), settings)
             trained.guide.load_state_dict(load_file(folder / "network.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             fault = f"holds no registration network that can be read ({error})"
             raise UnusableInput(folder, fault, "give a folder that `probmed train registration` has written") from error
         trained.guide.eval()

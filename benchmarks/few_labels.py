@@ -1,0 +1,256 @@
+"""Segmentation from few labelled scans: by registration, by networks on draws of learned transforms or random contrasts, and by supervised networks.
+
+Data: `msd_hippocampus` in the folder ``PROBMED_DATA``. Every tenth training scan is for calibration and choices; of the others, in the order of a
+seeded permutation, the first ones are labelled; all test scans report.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from benchmarks.pairs import beside, scans
+from benchmarks.tables import Log, Row, Table, mean_sd
+from benchmarks.tissue import data_folder
+from probmed.grids import Grid
+from probmed.inference.training import TrainingSettings
+from probmed.metrics import boundary_band, brier_score, calibration_error, dice, negative_log_likelihood, paired_bootstrap, surface_distances
+from probmed.transforms import warp
+from probmed.volumes import Volume, read_labels, read_scan
+from probmed.workflows.amortisation import Cohort, read_cohort
+from probmed.workflows.cohorts import own_world
+from probmed.workflows.growth import Registrations
+from probmed.workflows.one_shot import Estimates, coupled, estimate, learned
+from probmed.workflows.propagation import propagate
+from probmed.workflows.registration import RegistrationSettings, register
+from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
+from probmed.workflows.training_sets import Augmentation, Examples, intensity_regions, labelled, one_shot, random_contrast
+
+STEPS, BATCH, RATE = 800, 2, 2e-3
+UNLABELLED = 30  # scans that learned transforms are estimated from
+DRAWS = 20  # of a registration's posterior
+BAND_MM = 3.0  # about the true border, where calibration is judged
+LABELS = (1, 2)
+REGISTRATION = "registration, 20 draws"
+FULL = "U-Net, all labels"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Scans by their part, and what is made of them once.
+
+    Arguments:
+        kept: where registrations and networks are kept.
+    """
+
+    order: list[Path]
+    validation: list[Path]
+    test: list[Path]
+    kept: Path
+
+    @cached_property
+    def cohort(self) -> tuple[Cohort, Grid]:
+        """Of all training scans, the labelled one first."""
+        return read_cohort(_table(self.order), data_folder() / "table.tsv")
+
+    @cached_property
+    def checked(self) -> Cohort:
+        return read_cohort(_table(self.validation), data_folder() / "table.tsv", grid=self.cohort[1])[0]
+
+    @cached_property
+    def one(self) -> tuple[Volume, Tensor]:
+        """The labelled scan and its labels as probabilities, on its own voxels."""
+        labels = read_labels(beside(self.order[0])).data
+        return read_scan(self.order[0]), torch.stack([(labels == k).float() for k in (0, *LABELS)])
+
+    @cached_property
+    def estimates(self) -> Estimates:
+        kept = Registrations(self.kept / "registrations", device="cpu")
+
+        def found(moving: Volume, fixed: Volume) -> object:
+            return kept(moving, fixed, RegistrationSettings())
+
+        others = [read_scan(path) for path in self.order[1 : 1 + UNLABELLED]]
+        return estimate(self.one[0], others, found)  # type: ignore[arg-type]
+
+    def supervised(self, count: int | None) -> Examples:
+        cohort, grid = self.cohort
+        return labelled(cohort.images[:count], cohort.labels[:count], grid, BATCH, Augmentation())
+
+    def drawn(self, spatial: str, appearance: str, augmentation: Augmentation | None = None) -> Examples:
+        scan, shares = self.one
+        return self._brought(one_shot([learned(self.estimates, shares, spatial, appearance)], BATCH, augmentation), scan.grid)
+
+    def drawn_coupled(self) -> Examples:
+        scan, shares = self.one
+        models = [coupled(self.estimates, shares, number) for number in range(len(self.estimates.velocities))]
+        return self._brought(one_shot(models, BATCH), scan.grid)
+
+    def contrasts(self) -> Examples:
+        cohort, grid = self.cohort
+        regions = intensity_regions(cohort.images[0, 0], cohort.labels[0])
+        return random_contrast(regions[None], cohort.labels[:1], grid, BATCH, Augmentation(velocity_mm=2.5, rotation=0.15, log_scale=0.12))
+
+    def _brought(self, examples: Examples, grid: Grid) -> Examples:
+        """On the networks' grid; beyond the scan nothing is known."""
+        common = self.cohort[1]
+
+        def draw() -> tuple[Tensor, Tensor]:
+            images, labels = examples()
+            there = own_world(grid)
+            return warp(images, grid, there, common, fill=math.nan), warp(labels[:, None], grid, there, common, "nearest", fill=-1)[:, 0]
+
+        return draw
+
+
+def _table(paths: Sequence[Path]) -> pd.DataFrame:
+    return pd.DataFrame({"scan": [str(path) for path in paths], "labels": [str(beside(path)) for path in paths]})
+
+
+METHODS: Mapping[str, Callable[[Data], Examples]] = {
+    FULL: lambda data: data.supervised(None),
+    "one label, learned transforms and augmentation": lambda data: data.drawn("principal", "principal", Augmentation()),
+    "U-Net, 1 label": lambda data: data.supervised(1),
+    "U-Net, 10 labels": lambda data: data.supervised(10),
+    "one label, learned transforms": lambda data: data.drawn("principal", "principal"),
+    "one label, random contrasts": lambda data: data.contrasts(),
+    "one label, learned transforms, spatial alone": lambda data: data.drawn("principal", "none"),
+    "one label, transforms as estimated": lambda data: data.drawn_coupled(),
+    "U-Net, 2 labels": lambda data: data.supervised(2),
+    "U-Net, 5 labels": lambda data: data.supervised(5),
+    "U-Net, 50 labels": lambda data: data.supervised(50),
+}
+"""Name → what its network is trained on. Augmentation is that of all supervised networks."""
+
+
+def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
+    """Train every network, and measure every method on the test scans."""
+    torch.set_num_threads(threads)
+    train, test = scans()
+    if not train:
+        print(f"no scans in {data_folder()}: set PROBMED_DATA")
+        return Table("few_labels", [], [], "", {}, seed)
+    validation = train[::10]
+    rest = [path for path in train if path not in validation]
+    order = [rest[int(i)] for i in np.random.default_rng(seed).permutation(len(rest))]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = Path(temporary) if log.path is None else log.path.with_suffix(".networks")
+        kept.mkdir(exist_ok=True)
+        data = Data(order, validation, test[:limit], kept)
+        for name in (REGISTRATION, *METHODS):
+            if not only or any(word in name for word in only):
+                rows += measured(log, data, name, seed)
+                print(f"{name:50s} {statistics.fmean(row['dice'] for row in rows if row['method'] == name):.4f}", flush=True)
+    settings = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "unlabelled": UNLABELLED, "threads": threads, "training_scans": len(order)}
+    return Table("few_labels", rows, summarise(rows), notes(rows), settings, seed)
+
+
+def measured(log: Log, data: Data, name: str, seed: int) -> list[Row]:
+    """A row for each test scan."""
+    keys = {f"{name}/{path.name[12:15]}": path for path in data.test}
+    if any(key not in log.rows for key in keys):
+        answer = _registered(data) if name == REGISTRATION else network(data, name, seed).probabilities
+        for key, path in keys.items():
+            log.row(key, partial(score, name, path, answer))
+    return [log.rows[key] for key in keys]
+
+
+def network(data: Data, name: str, seed: int) -> TrainedSegmenter:
+    """Trained, or as it was kept; a training that was cut off goes on."""
+    place = data.kept / name.replace(" ", "-").replace(",", "")
+    if (place / "network.json").exists():
+        return TrainedSegmenter.load(place)
+    place.mkdir(exist_ok=True)
+    cohort, grid = data.cohort
+    trained = TrainedSegmenter.build(grid, SegmenterSettings(), cohort.codes, seed=seed)
+    training = TrainingSettings(STEPS, RATE, seed=seed, every=max(1, STEPS // 10))
+    start = time.perf_counter()
+
+    def tell(row: Row, share: float) -> None:
+        print(f"{name}: {row['step']:.0f} steps, loss {row['loss']:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+
+    # With few labels there are none to spare for a temperature.
+    checked = data.checked if name == FULL else None
+    train_segmenter(trained, METHODS[name](data), training, folder=place, validation=checked, tell=tell)
+    return trained
+
+
+def _registered(data: Data) -> Callable[[Volume], Tensor]:
+    scan, _ = data.one
+    labels = read_labels(beside(data.order[0]))
+
+    def answer(volume: Volume) -> Tensor:
+        found = propagate(labels, register(scan, volume, draws=DRAWS, device="cpu")).probabilities
+        if found is None:
+            raise AssertionError
+        return torch.cat([(1 - found.sum(0, keepdim=True)).clamp_min(0.0), found])
+
+    return answer
+
+
+def score(name: str, path: Path, answer: Callable[[Volume], Tensor]) -> Row:
+    """Dice, 95 % Hausdorff distance and volume error as means over labels; nats and Brier score a voxel; calibration error near the border."""
+    volume, truth = read_scan(path), read_labels(beside(path)).data
+    start = time.perf_counter()
+    p = answer(volume)
+    seconds = time.perf_counter() - start
+    found = p.argmax(0)
+    band = boundary_band(truth > 0, BAND_MM, volume.spacing)
+    return {
+        "method": name,
+        "scan": path.name[12:15],
+        "dice": statistics.fmean(dice(found == k, truth == k) for k in LABELS),
+        "hd95": statistics.fmean(surface_distances(found == k, truth == k, volume.spacing).hausdorff() for k in LABELS),
+        "nll": negative_log_likelihood(p, truth),
+        "brier": brier_score(p, truth),
+        "ece": statistics.fmean(calibration_error(p[k], truth == k, band) for k in LABELS),
+        "volume_error": statistics.fmean(100 * abs(float(p[k].sum() / (truth == k).sum()) - 1) for k in LABELS),
+        "seconds": round(seconds, 3),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """A line a method, the least labels first."""
+    lines = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        line = {"method": name}
+        for key, head, digits in (("dice", "Dice", 3), ("hd95", "HD95, mm", 2), ("nll", "nats a voxel", 4), ("brier", "Brier", 4)):
+            line[head] = mean_sd([row[key] for row in own], digits)
+        line["ECE near the border"] = f"{statistics.fmean(row['ece'] for row in own):.3f}"
+        line["volume error, %"] = mean_sd([row["volume_error"] for row in own], 1)
+        line["seconds"] = f"{statistics.median(row['seconds'] for row in own):.2f}"
+        lines.append(line)
+    return lines
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """Differences of Dice, and how much of the way from registration to all labels one label goes."""
+    of = {name: {row["scan"]: row["dice"] for row in rows if row["method"] == name} for name in dict.fromkeys(row["method"] for row in rows)}
+    if REGISTRATION not in of:
+        return ""
+    parts = []
+    for name in of:
+        shared = sorted(set(of[name]) & set(of[REGISTRATION]))
+        if name != REGISTRATION and len(shared) > 1:
+            ours, theirs = (torch.tensor([of[each][scan] for scan in shared]) for each in (name, REGISTRATION))
+            found = paired_bootstrap(ours, theirs)
+            parts.append(f"{name} {found.mean:+.3f} [{found.lower:+.3f}, {found.upper:+.3f}]")
+    text = f"Dice of each method less that of registration, mean over scans with a 95 % paired bootstrap interval: {'; '.join(parts)}."
+    best = "one label, learned transforms and augmentation"
+    if best in of and FULL in of:
+        low, high, reached = (statistics.fmean(of[name].values()) for name in (REGISTRATION, FULL, best))
+        text += f" Of the way from registration to all labels, learned transforms with augmentation go {100 * (reached - low) / (high - low):.0f} %."
+    return text

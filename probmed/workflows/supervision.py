@@ -1,0 +1,268 @@
+"""Segmentation networks from a table of labelled scans: what `probmed train segmentation` does, and how a trained network segments a scan.
+
+Scans are brought to one grid in a world of their own, as for registration networks; results go back to the scan's own voxels. Loss: cross-entropy and
+one minus the mean soft Dice of the labels. Uncertainty: the softmax with a temperature that is fitted to validation scans, dropout at prediction, and
+several networks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import probmed
+from probmed.grids import Grid
+from probmed.inference.training import Row, TrainingSettings, train
+from probmed.metrics import dice
+from probmed.segmentation_networks import NETWORKS
+from probmed.transforms import warp
+from probmed.volumes import UnusableInput, Volume, atomic_write
+from probmed.workflows.amortisation import Cohort, brought
+from probmed.workflows.cohorts import own_world
+from probmed.workflows.training_sets import Examples
+
+_HOTTEST = 20.0  # temperature
+
+
+@dataclass(frozen=True)
+class SegmenterSettings:
+    """A segmentation network.
+
+    Arguments:
+        network: one of ``segmentation_networks.NETWORKS``. dropout: share of features that training leaves out.
+        overlap: weight of the soft Dice beside the cross-entropy.
+    """
+
+    network: str = "unet"
+    dropout: float = 0.0
+    overlap: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise ValueError(f"expected a network of {sorted(NETWORKS)}, got {self.network!r}")
+        if not 0 <= self.dropout < 1 or self.overlap < 0:
+            raise ValueError(f"expected 0 <= dropout < 1 and overlap >= 0, got {self.dropout} and {self.overlap}")
+
+
+@dataclass
+class TrainedSegmenter:
+    """A network with the labels that it gives.
+
+    Arguments:
+        grid: on which it sees scans. codes: label k of the network in label maps, 0 first. names: of codes but the first.
+        temperature: by which logits are divided.
+    """
+
+    grid: Grid
+    settings: SegmenterSettings
+    codes: tuple[int, ...]
+    names: dict[int, str]
+    network: nn.Module
+    temperature: float = 1.0
+
+    @classmethod
+    def build(
+        cls, grid: Grid, settings: SegmenterSettings, codes: Sequence[int], names: dict[int, str] | None = None, seed: int = 0
+    ) -> TrainedSegmenter:
+        """Untrained; same seed, same weights.
+
+        Raises:
+            ValueError: for fewer than two labels, the background among them.
+        """
+        if len(codes) < 2 or codes[0] != 0:
+            raise ValueError(f"expected the background and one label or more, got {tuple(codes)}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = NETWORKS[settings.network](grid.ndim, 1, len(codes), dropout=settings.dropout)
+        found = {code: (names or {}).get(code, str(code)) for code in codes[1:]}
+        return cls(grid, settings, tuple(int(code) for code in codes), found, network)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Of images ``(B, 1, *shape)``, NaN where unknown, whatever their units."""
+        known = ~images.isnan()
+        count = known.flatten(1).sum(1).clamp_min(1).reshape(-1, *[1] * (images.ndim - 1))
+        dims = tuple(range(1, images.ndim))
+        values = images.nan_to_num(0.0)
+        mean = values.sum(dims, keepdim=True) / count
+        sd = (((values - mean) * known).square().sum(dims, keepdim=True) / count).sqrt().clamp_min(1e-6)
+        out: Tensor = self.network(((values - mean) / sd).masked_fill(~known, 0.0))
+        return out
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Of images and labels, −1 where they are not known."""
+        images, labels = (x.to(self.device) for x in batch)
+        logits = self.logits(images)
+        known = labels >= 0
+        entropy = functional.cross_entropy(logits, labels.masked_fill(~known, -100), ignore_index=-100)
+        if not self.settings.overlap:
+            return entropy
+        return entropy + self.settings.overlap * (1 - soft_dice(logits.softmax(1), labels.clamp_min(0), known))
+
+    @torch.no_grad()
+    def validation(self, cohort: Cohort) -> Row:
+        """Mean Dice over scans and labels but the background, and nats a voxel."""
+        self.network.eval()
+        scores, nats = [], []
+        for image, labels in zip(cohort.images, cohort.labels, strict=True):
+            logits = self.logits(image[None].to(self.device))[0].cpu()
+            found, known = logits.argmax(0), labels >= 0
+            scores.append(sum(dice((found == k) & known, labels == k) for k in range(1, len(self.codes))) / (len(self.codes) - 1))
+            nats.append(float(functional.cross_entropy(logits[:, known].mT, labels[known])))
+        self.network.train()
+        return {"dice": sum(scores) / len(scores), "nll": sum(nats) / len(nats)}
+
+    @torch.no_grad()
+    def calibrate(self, cohort: Cohort) -> float:
+        """Set the temperature at which scans that training has not seen are most probable.
+
+        References: Guo et al., ICML 2017.
+        """
+        self.network.eval()
+        parts = []
+        for image, labels in zip(cohort.images, cohort.labels, strict=True):
+            known = labels >= 0
+            parts.append((self.logits(image[None].to(self.device))[0].cpu()[:, known].mT, labels[known]))
+        self.temperature = best_temperature(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        return self.temperature
+
+    @torch.no_grad()
+    def probabilities(self, volume: Volume, passes: int = 0, seed: int = 0) -> Tensor:
+        """p(label) on the scan's own voxels, ``(K, *shape)``; with dropout ``passes`` times, ``(passes, K, *shape)``.
+
+        Raises:
+            UnusableInput: for a scan of another dimension.
+            ValueError: for passes of a network that was trained without dropout.
+        """
+        if volume.grid.ndim != self.grid.ndim:
+            raise UnusableInput(volume.name, f"has {volume.grid.ndim} axes, and the network takes {self.grid.ndim}", "give another network or scan")
+        if passes and not self.settings.dropout:
+            raise ValueError("expected a network that was trained with dropout, got one without")
+        image = brought(volume, self.grid)[None, None].to(self.device)
+        self.network.eval()
+        if not passes:
+            return self._returned(self.logits(image), volume)[0]
+        for layer in self.network.modules():
+            if isinstance(layer, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
+                layer.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            found = torch.cat([self._returned(self.logits(image), volume) for _ in range(passes)])
+        self.network.eval()
+        return found
+
+    def _returned(self, logits: Tensor, volume: Volume) -> Tensor:
+        """Probabilities on the scan's voxels; where the network's grid does not reach, those at its edge."""
+        p = (logits / self.temperature).softmax(1).cpu()
+        return warp(p, self.grid, own_world(volume.grid).inverse(), volume.grid, fill="edge")
+
+    def save(self, folder: Path) -> None:
+        """``network.safetensors`` and ``network.json``."""
+        with atomic_write(folder / "network.safetensors") as path:
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in self.network.state_dict().items()}, path)
+        described = {"probmed": probmed.__version__, "system": "segmentation", **asdict(self.settings)}
+        described |= {"shape": self.grid.shape, "spacing_mm": self.grid.spacing, "codes": self.codes, "temperature": self.temperature}
+        described |= {"names": {str(code): name for code, name in self.names.items()}}
+        with atomic_write(folder / "network.json") as path:
+            path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> TrainedSegmenter:
+        """
+        Raises:
+            UnusableInput: where there is no trained segmentation network.
+        """
+        try:
+            described: dict[str, Any] = json.loads((folder / "network.json").read_text(encoding="utf-8"))
+            if described["system"] != "segmentation":
+                raise ValueError(f"it is a network for {described['system']}")
+            settings = SegmenterSettings(**{f.name: described[f.name] for f in fields(SegmenterSettings)})
+            grid = Grid.from_spacing(described["shape"], described["spacing_mm"])
+            trained = cls.build(grid, settings, described["codes"], {int(code): name for code, name in described["names"].items()})
+            trained.network.load_state_dict(load_file(folder / "network.safetensors"))
+            trained.temperature = float(described["temperature"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            fault = f"holds no segmentation network that can be read ({error})"
+            raise UnusableInput(folder, fault, "give a folder that `probmed train segmentation` has written") from error
+        trained.network.eval()
+        return trained
+
+
+def soft_dice(p: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+    """Mean over labels but the background, and over images, of 2 Σ p s / (Σ p + Σ s); a label that an image lacks counts by what it is given.
+
+    Arguments:
+        p: ``(B, K, *shape)``. labels: ``(B, *shape)``. known: ``(B, *shape)`` bool.
+    """
+    truth = functional.one_hot(labels, p.shape[1]).movedim(-1, 1).to(p) * known[:, None]
+    found = p * known[:, None]
+    dims = tuple(range(2, p.ndim))
+    return ((2 * (found * truth).sum(dims) + 1) / (found.sum(dims) + truth.sum(dims) + 1))[:, 1:].mean()
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The divisor of logits ``(N, K)`` at which labels ``(N,)`` are most probable, by Newton's method on its inverse, in which −log p is convex."""
+    x = logits.double()
+    own = x.gather(1, labels[:, None])[:, 0]
+    inverse = x.new_ones(())
+    for _ in range(50):
+        p = (inverse * x).softmax(1)
+        mean = (p * x).sum(1)
+        slope, curvature = (mean - own).sum(), ((p * x.square()).sum(1) - mean.square()).sum()
+        moved = (inverse - slope / curvature.clamp_min(1e-12)).clamp(max(float(inverse) / 2, 1 / _HOTTEST), min(2 * float(inverse), _HOTTEST))
+        if float((moved - inverse).abs()) < 1e-10:
+            break
+        inverse = moved
+    return float(1 / inverse)
+
+
+def train_segmenter(
+    trained: TrainedSegmenter,
+    examples: Examples,
+    training: TrainingSettings,
+    *,
+    folder: Path | None = None,
+    validation: Cohort | None = None,
+    fabric: Fabric | None = None,
+    described: dict[str, Any] | None = None,
+    tell: Callable[[Row, float], None] = lambda row, share: None,
+) -> list[Row]:
+    """Train a network in place, calibrate it where there are validation scans, and save it where there is a folder.
+
+    Arguments:
+        examples: draws a batch. validation: scans that training does not see.
+        described: what a run that goes on must agree in, beside the settings.
+
+    Returns:
+        The log, as ``inference.training.train``.
+    """
+    log = train(
+        trained.loss,
+        {"network": trained.network},
+        lambda generator: examples(),
+        training,
+        folder=folder,
+        described={**asdict(trained.settings), **(described or {})},
+        validate=None if validation is None else lambda: trained.validation(validation),
+        fabric=fabric,
+        tell=tell,
+    )
+    if validation is not None:
+        trained.calibrate(validation)
+    trained.network.eval()
+    if folder is not None:
+        trained.save(folder)
+    return log

@@ -1,0 +1,139 @@
+"""What segmentation networks are trained on: labelled scans with augmentation, draws of a one-shot model, scans of contrasts that nobody has seen.
+
+Each is a function that draws a batch: images ``(B, 1, *shape)`` on one grid, and labels as indices, ``(B, *shape)``, −1 where they are not known.
+Draws are of PyTorch's global generator, which the training seeds for each step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from probmed.fields import GaussianField, along_axes
+from probmed.grids import Grid, interpolation_matrices
+from probmed.models.one_shot import TransformedScan
+from probmed.priors import SmoothVelocity
+from probmed.transforms import Velocity, warp
+
+Examples = Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of shape and appearance, the same for an image and its labels where they are of shape. All are standard deviations.
+
+    Arguments:
+        velocity_mm, length_mm: of a smooth velocity. rotation: radians, and log_scale, of a linear one. translation_mm.
+        gamma: of the logarithm of an exponent. bias: of the logarithm of a smooth factor, over bias_mm. noise: at most, of a foreground's mean.
+    """
+
+    velocity_mm: float = 1.5
+    length_mm: float = 10.0
+    rotation: float = 0.1
+    log_scale: float = 0.07
+    translation_mm: float = 1.5
+    gamma: float = 0.25
+    bias: float = 0.15
+    bias_mm: float = 30.0
+    noise: float = 0.06
+
+    def __call__(self, images: Tensor, labels: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """
+        Arguments:
+            images: ``(B, 1, *grid.shape)``, NaN where unknown. labels: ``(B, *grid.shape)``.
+        """
+        transform = self.transform(len(images), grid, images.device)
+        moved = warp(images, grid, transform, grid, fill=math.nan)
+        carried = warp(labels[:, None], grid, transform, grid, "nearest", fill=-1)[:, 0]
+        return self.appearance(moved, grid), carried
+
+    def transform(self, count: int, grid: Grid, device: torch.device | None = None) -> Velocity:
+        """A smooth velocity and a linear one, whose flow is an affine map when it is alone; ``count`` of them."""
+        lattice = grid.at_spacing([2 * h for h in grid.spacing])
+        d = grid.ndim
+        prior = SmoothVelocity(lattice, max(self.velocity_mm, 1e-6), self.length_mm, 3.0).to(device)
+        smooth = prior.prior().expand([count]).sample()
+        points = lattice.coordinates(device=device)
+        points = points - points.flatten(0, -2).mean(0)
+        skew = self.rotation * torch.randn(count, d, d, device=device).triu(1)
+        linear = skew - skew.mT + self.log_scale * torch.diag_embed(torch.randn(count, d, device=device))
+        shift = self.translation_mm * torch.randn(count, d, device=device)
+        flow = torch.einsum("nij,...j->ni...", linear, points) + shift.reshape(count, d, *[1] * d)
+        return Velocity(lattice, smooth + flow.to(smooth))
+
+    def appearance(self, images: Tensor, grid: Grid) -> Tensor:
+        """Gamma, bias and noise."""
+        each = (len(images), *[1] * (images.ndim - 1))
+        bent = images.clamp_min(0.0) ** (self.gamma * torch.randn(each, device=images.device)).exp()
+        if self.bias > 0:
+            coarse = grid.at_spacing([max(h, self.bias_mm / 4) for h in grid.spacing])
+            field = GaussianField.from_sd(coarse.shape, coarse.spacing, self.bias, self.bias_mm, 2.0).expand([len(images)]).sample().to(images)
+            bent = bent * along_axes(field, interpolation_matrices(coarse, grid, field)).exp()
+        return bent + self.noise * torch.rand(each, device=images.device) * torch.randn_like(bent)
+
+
+def labelled(images: Tensor, labels: Tensor, grid: Grid, batch: int, augmentation: Augmentation | None = None) -> Examples:
+    """Random scans of those that are labelled, ``(N, 1, *shape)`` and ``(N, *shape)``, with augmentation where asked for."""
+
+    def draw() -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(images), (batch,)).to(images.device)
+        found = images[chosen], labels[chosen]
+        return found if augmentation is None else augmentation(*found, grid)
+
+    return draw
+
+
+def one_shot(models: list[TransformedScan], batch: int, augmentation: Augmentation | None = None) -> Examples:
+    """Draws of random ones of some models of a labelled scan, all on its grid."""
+
+    def draw() -> tuple[Tensor, Tensor]:
+        nodes = [poutine.trace(models[int(torch.randint(len(models), ()))]).get_trace().nodes for _ in range(batch)]
+        images = torch.stack([node["image"]["value"] for node in nodes])
+        labels = torch.stack([node["labels"]["value"].argmax(0) for node in nodes])
+        return (images, labels) if augmentation is None else augmentation(images, labels, models[0].grid)
+
+    return draw
+
+
+def random_contrast(regions: Tensor, labels: Tensor, grid: Grid, batch: int, augmentation: Augmentation | None = None) -> Examples:
+    """Scans that are made of regions, each of an intensity that is drawn anew, so that a network learns shapes and no contrast.
+
+    Arguments:
+        regions: ``(N, *shape)``, numbers of places of one intensity, such as ``intensity_regions`` gives. labels: ``(N, *shape)``.
+
+    References: Billot et al., MedIA 2023 (SynthSeg).
+    """
+    shape = augmentation or Augmentation()
+    count = int(regions.max()) + 1
+
+    def draw() -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(regions), (batch,)).to(regions.device)
+        transform = shape.transform(batch, grid, regions.device)
+        means, sds = torch.rand(batch, count, device=regions.device), 0.01 + 0.07 * torch.rand(batch, count, device=regions.device)
+        flat = regions[chosen].flatten(1)
+        image = (means.gather(1, flat) + sds.gather(1, flat) * torch.randn_like(means.gather(1, flat))).reshape(batch, 1, *grid.shape)
+        blur = GaussianField.from_sd(grid.shape, grid.spacing, 1.0, 0.3 * min(grid.spacing) * (1 + float(torch.rand(()))), 3.0)
+        smooth = blur.covariance_matvec(image)
+        moved = warp(smooth * (image.mean() / smooth.mean()), grid, transform, grid, fill=math.nan)
+        carried = warp(labels[chosen][:, None], grid, transform, grid, "nearest", fill=-1)[:, 0]
+        return shape.appearance(moved, grid), carried
+
+    return draw
+
+
+def intensity_regions(image: Tensor, labels: Tensor, parts: int = 6) -> Tensor:
+    """Each label a region, and the background as ``parts`` more, by quantiles of its intensities.
+
+    Arguments:
+        image: ``(*shape)``, NaN where unknown. labels: ``(*shape)``, 0 the background.
+    """
+    values = image.nan_to_num(0.0)
+    outside = labels <= 0
+    ends = torch.quantile(values[outside].double(), torch.linspace(0, 1, parts + 1, dtype=torch.float64)[1:-1].to(values.device)).to(values)
+    part = torch.bucketize(values, ends)
+    return torch.where(outside, part, parts + labels)

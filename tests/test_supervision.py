@@ -1,0 +1,273 @@
+"""Segmentation networks: what they see, what they are trained on, what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from probmed.field_priors import FlowPrior, SmoothField
+from probmed.grids import Grid
+from probmed.inference.training import TrainingSettings
+from probmed.models.one_shot import TransformedScan
+from probmed.segmentation_networks import NETWORKS, VoxelWise
+from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
+from probmed.workflows.amortisation import Cohort, read_cohort
+from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, best_temperature, soft_dice, train_segmenter
+from probmed.workflows.training_sets import Augmentation, intensity_regions, labelled, one_shot, random_contrast
+
+GRID = Grid.from_spacing((24, 20), 2.0)
+
+
+@pytest.fixture(autouse=True)
+def single_precision() -> Any:
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+def disc(seed: int, grid: Grid = GRID) -> tuple[Tensor, Tensor]:
+    """A disc with a core, somewhere near the middle: image and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = 3 * torch.randn(grid.ndim, generator=generator)
+    radius = (grid.coordinates() - centre).norm(dim=-1)
+    size = 9 + 2 * torch.rand((), generator=generator)
+    labels = (radius < size).long() + (radius < size / 2).long()
+    image = torch.tensor([0.2, 1.0, 0.6])[labels] + 0.05 * torch.randn(grid.shape, generator=generator)
+    return image, labels
+
+
+def cohort(count: int, first: int = 0, grid: Grid = GRID) -> Cohort:
+    pairs = [disc(first + n, grid) for n in range(count)]
+    images, labels = (torch.stack(each) for each in zip(*pairs, strict=True))
+    return Cohort(images[:, None], labels, tuple(map(str, range(count))), (0, 1, 2))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_give_logits_of_any_shape(name: str, ndim: int) -> None:
+    shape = (19, 23, 17)[:ndim]
+    network = NETWORKS[name](ndim, 1, 3)
+    assert network(torch.randn(2, 1, *shape)).shape == (2, 3, *shape)
+
+
+@pytest.mark.parametrize(("name", "side"), [("fcn", 17), ("voxelwise", 24), ("deepmedic", 51)])
+def test_a_voxel_sees_as_many_voxels_as_it_should(name: str, side: int) -> None:
+    """Along one axis; normalisation over the image is left out, for by it every voxel sees all."""
+    torch.manual_seed(0)
+    network = NETWORKS[name](2, 1, 2)
+    for module in list(network.modules()):
+        for child, layer in module.named_children():
+            if isinstance(layer, torch.nn.InstanceNorm2d):
+                setattr(module, child, torch.nn.Identity())
+            if isinstance(layer, torch.nn.ReLU | torch.nn.LeakyReLU):
+                setattr(module, child, torch.nn.Identity())
+    image = torch.randn(1, 1, 75, 75, requires_grad=True)
+    out = network(image)[0, 0, 37, 37]
+    (gradient,) = torch.autograd.grad(out, image)
+    seen = (gradient[0, 0].abs().sum(0) > 0).nonzero()[:, 0]
+    assert int(seen.max() - seen.min()) + 1 == side
+
+
+@pytest.mark.parametrize(("name", "count"), [("unet", 1438819), ("fcn", 111531), ("deepmedic", 229467), ("voxelwise", 104467)])
+def test_numbers_of_parameters(name: str, count: int) -> None:
+    """Of three labels in 3D."""
+    assert sum(p.numel() for p in NETWORKS[name](3, 1, 3).parameters()) == count
+
+
+def test_an_image_at_once_and_patch_after_patch_are_the_same() -> None:
+    torch.manual_seed(0)
+    network = VoxelWise(2, 1, 3)
+    image = torch.randn(1, 1, 30, 28)
+    whole = network.patches(image)
+    for row, column in ((0, 0), (3, 2), (6, 4)):
+        patch = image[:, :, row : row + network.side, column : column + network.side]
+        torch.testing.assert_close(network.patches(patch)[0, :, 0, 0], whole[0, :, row, column])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_scans_can_be_learned_by_heart(name: str) -> None:
+    data = cohort(2)
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings(name), data.codes)
+    log = train_segmenter(trained, labelled(data.images, data.labels, GRID, 2), TrainingSettings(60, 1e-2, every=60), validation=data)
+    assert log[-1]["dice"] > 0.97
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    data = cohort(3)
+
+    def run(folder: Path, stop: int | None = None) -> TrainedSegmenter:
+        folder.mkdir(exist_ok=True)
+        trained = TrainedSegmenter.build(GRID, SegmenterSettings("fcn", dropout=0.2), data.codes)
+        settings = TrainingSettings(6, 1e-2, every=2)
+
+        def tell(row: Any, share: float) -> None:
+            if row["step"] == stop:
+                raise KeyboardInterrupt
+
+        train_segmenter(trained, labelled(data.images, data.labels, GRID, 2, Augmentation()), settings, folder=folder, tell=tell)
+        return trained
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", 4)
+    again = run(tmp_path / "cut")
+    for a, b in zip(whole.network.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_soft_dice_of_labels_themselves_is_dice() -> None:
+    labels = torch.tensor([[0, 1, 1, 2, 2, 2]])
+    found = torch.tensor([[0, 1, 2, 2, 2, 1]])
+    p = functional.one_hot(found, 3).mT.float()
+    known = torch.ones_like(labels, dtype=torch.bool)
+    expected = ((2 * 1 + 1) / (2 + 2 + 1) + (2 * 2 + 1) / (3 + 3 + 1)) / 2
+    assert float(soft_dice(p, labels, known)) == pytest.approx(expected)
+    known[0, 5] = False
+    assert float(soft_dice(p, labels, known)) == pytest.approx(((2 + 1) / (2 + 1 + 1) + (4 + 1) / (3 + 2 + 1)) / 2)
+
+
+def test_the_temperature_of_overconfident_logits_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20000, 3, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    for factor in (0.5, 1.0, 3.0):
+        assert best_temperature(factor * logits, labels) == pytest.approx(factor, rel=0.05)
+
+
+def test_augmentation_moves_images_and_labels_alike() -> None:
+    torch.manual_seed(0)
+    labels = disc(0)[1].expand(5, -1, -1)
+    images = labels[:, None].float()
+    plain = Augmentation(gamma=0.0, bias=0.0, noise=0.0)
+    moved, carried = plain(images, labels, GRID)
+    assert float((carried.float() - labels).abs().mean()) > 0.01
+    known = carried >= 0
+    apart = (moved[:, 0] - carried)[known].abs()
+    assert float((apart <= 0.51).float().mean()) > 0.97
+    assert float(apart.mean()) < 0.12
+    same = Augmentation(0.0, 10.0, 0.0, 0.0, 0.0, gamma=0.0, bias=0.0, noise=0.0)(images, labels, GRID)
+    torch.testing.assert_close(same[0], images, atol=1e-3, rtol=0)
+    assert torch.equal(same[1], labels)
+
+
+def test_linear_velocities_are_affine_maps() -> None:
+    torch.manual_seed(0)
+    grown = Augmentation(velocity_mm=0.0, rotation=0.0, translation_mm=0.0, log_scale=0.1).transform(4, GRID)
+    points = torch.tensor([[4.0, 0.0], [8.0, 0.0]])
+    there = grown(points)
+    ratio = (there[:, 1, 0] / there[:, 0, 0]).log()
+    torch.testing.assert_close(ratio, torch.full((4,), math.log(2.0)), atol=0.02, rtol=0)
+    assert float((there[:, 0, 0] / 4).log().abs().max()) > 0.03
+
+
+def test_contrasts_are_new_each_time_and_shapes_are_those_of_the_labels() -> None:
+    torch.manual_seed(0)
+    image, labels = disc(0)
+    regions = intensity_regions(image, labels, 3)
+    assert set(regions.unique().tolist()) == {0, 1, 2, 4, 5}
+    draw = random_contrast(regions[None], labels[None], GRID, 6, Augmentation(0.0, 10.0, 0.0, 0.0, 0.0, gamma=0.0, bias=0.0, noise=0.0))
+    images, carried = draw()
+    assert torch.equal(carried, labels.expand(6, -1, -1))
+    core, ring = (images[:, 0][:, labels == k].mean(1) for k in (2, 1))
+    assert bool((core > ring).any()) and bool((core < ring).any())
+
+
+def test_a_network_that_was_trained_on_random_contrasts_works_on_inverted_scans() -> None:
+    image, labels = disc(0)
+    regions = intensity_regions(image, labels, 2)
+    torch.manual_seed(0)
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings("unet"), (0, 1, 2))
+    draw = random_contrast(regions[None], labels[None], GRID, 4, Augmentation(velocity_mm=1.0, translation_mm=4.0))
+    train_segmenter(trained, draw, TrainingSettings(120, 5e-3, every=120))
+    data = cohort(5, 10)
+    inverted = Cohort(1.5 - data.images, data.labels, data.names, data.codes)
+    assert trained.validation(data)["dice"] > 0.75 and trained.validation(inverted)["dice"] > 0.75
+
+
+def test_draws_of_a_one_shot_model_are_examples() -> None:
+    image, labels = disc(0)
+    shares = torch.stack([(labels == k).float() for k in range(3)])
+    velocity = SmoothField(torch.zeros(2, *GRID.shape), GRID.spacing, 1.0, 8.0, 3.0, "velocity")
+    model = TransformedScan(image[None], shares, GRID, FlowPrior(GRID, velocity))
+    images, drawn = one_shot([model], 3)()
+    assert images.shape == (3, 1, *GRID.shape) and drawn.shape == (3, *GRID.shape)
+    assert 0.0 < float((drawn != labels).float().mean()) < 0.2
+
+
+def trained_on_discs(dropout: float = 0.0) -> TrainedSegmenter:
+    data = cohort(6)
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings("unet", dropout), data.codes, {1: "ring", 2: "core"})
+    train_segmenter(trained, labelled(data.images, data.labels, GRID, 3), TrainingSettings(60, 1e-2, every=60), validation=cohort(3, 20))
+    return trained
+
+
+def test_results_are_on_the_scan_s_own_voxels_whatever_its_header() -> None:
+    trained = trained_on_discs()
+    image, labels = disc(30)
+    plain = trained.probabilities(Volume.from_grid(image, GRID))
+    assert float((plain.argmax(0) == labels).float().mean()) > 0.95
+    torch.testing.assert_close(plain.sum(0), torch.ones(GRID.shape))
+    flipped = Grid(GRID.shape, GRID.affine @ torch.diag(torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)))
+    other = trained.probabilities(Volume.from_grid(image.flip(0), flipped)).flip(1)
+    torch.testing.assert_close(other, plain, atol=1e-4, rtol=0)
+    with pytest.raises(UnusableInput, match="has 3 axes, and the network takes 2"):
+        trained.probabilities(Volume.from_grid(torch.zeros(4, 4, 4), Grid.from_spacing((4, 4, 4), 1.0)))
+
+
+def test_dropout_at_prediction_spreads_and_leaves_the_mean_alone() -> None:
+    trained = trained_on_discs(0.3)
+    volume = Volume.from_grid(disc(31)[0], GRID)
+    passes = trained.probabilities(volume, passes=8)
+    assert passes.shape == (8, 3, *GRID.shape)
+    assert float(passes.std(0).max()) > 0.01
+    assert torch.equal(passes, trained.probabilities(volume, passes=8))
+    assert torch.equal(trained.probabilities(volume), trained.probabilities(volume))
+    with pytest.raises(ValueError, match="trained with dropout"):
+        trained_on_discs().probabilities(volume, passes=2)
+
+
+def test_a_network_in_a_folder_says_the_same(tmp_path: Path) -> None:
+    trained = trained_on_discs()
+    volume = Volume.from_grid(disc(32)[0], GRID)
+    trained.save(tmp_path)
+    again = TrainedSegmenter.load(tmp_path)
+    assert again.names == {1: "ring", 2: "core"} and again.temperature == trained.temperature
+    assert torch.equal(again.probabilities(volume), trained.probabilities(volume))
+    described = json.loads((tmp_path / "network.json").read_text())
+    (tmp_path / "network.json").write_text(json.dumps({**described, "system": "registration"}))
+    with pytest.raises(UnusableInput, match="it is a network for registration"):
+        TrainedSegmenter.load(tmp_path)
+    (tmp_path / "network.json").write_text(json.dumps(described))
+    (tmp_path / "network.safetensors").write_bytes((tmp_path / "network.safetensors").read_bytes()[:1000])
+    with pytest.raises(UnusableInput, match="holds no segmentation network that can be read"):
+        TrainedSegmenter.load(tmp_path)
+
+
+def write_table(folder: Path, count: int, name: str = "scans.tsv") -> Path:
+    rows = []
+    for number in range(count):
+        image, labels = disc(number)
+        volume = Volume.from_grid(image, GRID)
+        write_scan(folder / f"s{number}.nii.gz", image, volume)
+        write_labels(folder / f"s{number}_dseg.nii.gz", 7 * labels, volume)
+        rows.append({"scan": f"s{number}.nii.gz", "labels": f"s{number}_dseg.nii.gz"})
+    pd.DataFrame(rows).to_csv(folder / name, sep="\t", index=False)
+    return folder / name
+
+
+def test_codes_of_a_table_are_those_of_its_label_maps(tmp_path: Path) -> None:
+    path = write_table(tmp_path, 3)
+    data, grid = read_cohort(pd.read_csv(path, sep="\t"), path)
+    assert data.codes == (0, 7, 14) and grid.shape == GRID.shape
+    with pytest.raises(ValueError, match="expected the background and one label or more"):
+        TrainedSegmenter.build(grid, SegmenterSettings(), (0,))
+    with pytest.raises(ValueError, match="expected a network of"):
+        SegmenterSettings("transformer")
