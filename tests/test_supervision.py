@@ -12,25 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typer.testing import CliRunner
 
+from probmed.cli import app
 from probmed.field_priors import FlowPrior, SmoothField
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
 from probmed.models.one_shot import TransformedScan
 from probmed.segmentation_networks import NETWORKS, VoxelWise
-from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
+from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, write_labels, write_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, best_temperature, soft_dice, train_segmenter
 from probmed.workflows.training_sets import Augmentation, intensity_regions, labelled, one_shot, random_contrast
 
 GRID = Grid.from_spacing((24, 20), 2.0)
-
-
-@pytest.fixture(autouse=True)
-def single_precision() -> Any:
-    torch.set_default_dtype(torch.float32)
-    yield
-    torch.set_default_dtype(torch.float64)
 
 
 def disc(seed: int, grid: Grid = GRID) -> tuple[Tensor, Tensor]:
@@ -271,3 +266,63 @@ def test_codes_of_a_table_are_those_of_its_label_maps(tmp_path: Path) -> None:
         TrainedSegmenter.build(grid, SegmenterSettings(), (0,))
     with pytest.raises(ValueError, match="expected a network of"):
         SegmenterSettings("transformer")
+
+
+def said(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return " ".join((result.stdout if code == 0 else result.stderr).split())
+
+
+def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
+    path = write_table(tmp_path, 5)
+    table = pd.read_csv(path, sep="\t").assign(fold=[1, 1, 2, 2, 2])
+    table.to_csv(path, sep="\t", index=False)
+    pd.DataFrame({"index": [7, 14], "name": ["ring", "core"]}).to_csv(tmp_path / "s2_dseg.tsv", sep="\t", index=False)
+    (tmp_path / "names.json").write_text('{"14": "the core"}')
+    options = ["train", "segmentation", "--data", str(path), "--steps", "40", "--learning-rate", "0.01", "--every", "40", "--device", "cpu"]
+    run = tmp_path / "run"
+    assert "40 steps, loss" in said(*options, "-o", str(run), "--fold", "1", "--names", str(tmp_path / "names.json"), "--no-augment")
+    again = said(*options, "-o", str(run), code=2)
+    assert "holds a run already" in again
+    out = said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(run), "-o", str(tmp_path / "out"))
+    assert "ring" in out and "the core" in out
+    labels = read_labels(tmp_path / "out" / "s0_dseg.nii.gz").data
+    assert float((labels == 7 * disc(0)[1]).float().mean()) > 0.9
+    p = [read_scan(tmp_path / "out" / f"s0_label-{name}_probseg.nii.gz").data for name in ("ring", "thecore")]
+    volumes = pd.read_csv(tmp_path / "out" / "s0_volumes.tsv", sep="\t")
+    assert volumes["volume_ml"].tolist() == pytest.approx([float(x.sum()) * 4e-3 for x in p], rel=1e-3)
+    assert volumes["q025"].isna().all()
+    dropped = tmp_path / "dropped"
+    said(*options, "-o", str(dropped), "--dropout", "0.3", "--examples", "contrasts", "--names", str(tmp_path / "names.json"))
+    said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(dropped), "--draws", "4", "-o", str(tmp_path / "out2"))
+    volumes = pd.read_csv(tmp_path / "out2" / "s0_volumes.tsv", sep="\t")
+    assert (volumes["q025"] < volumes["q975"]).all()
+
+
+def test_what_cannot_be_trained_on_or_used_gets_one_line(tmp_path: Path) -> None:
+    path = write_table(tmp_path, 3)
+    table = pd.read_csv(path, sep="\t").assign(fold=["a", "a", "b"])
+    options = ["train", "segmentation", "--steps", "2", "--device", "cpu", "-o", str(tmp_path / "run"), "--data"]
+
+    def refused(rows: pd.DataFrame, *more: str) -> str:
+        rows.to_csv(tmp_path / "bad.tsv", sep="\t", index=False, na_rep="n/a")
+        line = said(*options, str(tmp_path / "bad.tsv"), *more, code=2)
+        assert not (tmp_path / "run").exists()
+        return line
+
+    assert "has no column labels" in refused(table[["scan"]])
+    assert "has no column fold" in refused(table[["scan", "labels"]], "--fold", "a")
+    assert "has no scans of fold c (it has a, b)" in refused(table, "--fold", "c")
+    assert "nowhere.nii.gz" in refused(table.assign(scan=["nowhere.nii.gz", *table["scan"][1:]]))
+    assert "has scans without labels" in refused(table.assign(labels=table["labels"].where(table.index > 0)))
+    other = Volume.from_grid(torch.zeros(5, 4), Grid.from_spacing((5, 4), 2.0))
+    write_labels(tmp_path / "other.nii.gz", torch.ones(5, 4).long(), other)
+    assert "other.nii.gz" in refused(table.assign(labels=["other.nii.gz", *table["labels"][1:]]))
+    write_labels(tmp_path / "new.nii.gz", 3 * disc(2)[1], Volume.from_grid(disc(2)[0], GRID))
+    assert "has the label 3, which training has not seen" in refused(table.assign(labels=[*table["labels"][:2], "new.nii.gz"]), "--fold", "b")
+    (tmp_path / "names.json").write_text("[1, 2]")
+    assert "is no JSON of labels' names" in refused(table, "--names", str(tmp_path / "names.json"))
+    nothing = said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(tmp_path), "-o", str(tmp_path / "out"), code=2)
+    assert "holds no segmentation network that can be read" in nothing
+    assert "there is no such model" in said("segment", str(tmp_path / "s0.nii.gz"), "--model", "run9", "-o", str(tmp_path / "out"), code=2)

@@ -75,6 +75,15 @@ def remove_if_empty(folders: list[Path]) -> None:
             return
 
 
+def check_run(out: Path, resume: bool) -> None:
+    """A run is gone on with when asked for, and never replaced."""
+    found = (out / "checkpoint.safetensors").exists()
+    if found and not resume:
+        raise UnusableInput(out, "holds a run already", "go on with it by --resume, or give another folder with --out")
+    if resume and not found:
+        raise UnusableInput(out, "holds no run to go on with", "leave out --resume, or give the run's folder with --out")
+
+
 def load_amortisation() -> Any:
     """Training and networks, when first asked for: MONAI and Fabric take seconds to import, which no other command should have to wait for."""
     return importlib.import_module("probmed.workflows.amortisation")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from probmed.atlases import LabelAtlas, default_atlas, read_atlas
@@ -24,11 +26,12 @@ from probmed.cli.options import (
 )
 from probmed.models import ZOO
 from probmed.report import segmentation_page
-from probmed.volumes import UnusableInput, bids_stem
+from probmed.volumes import UnusableInput, bids_stem, read_scan
 from probmed.workflows import segmentation
 from probmed.workflows.outputs import check_outputs, output_names, write_segmentation
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult
+from probmed.workflows.supervision_outputs import network_names, write_network_segmentation
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Request:
     seed: int
     quiet: bool
     protect: tuple[Path, ...]
+    networks: tuple[Any, ...] = ()
 
 
 def segment(
@@ -80,7 +84,10 @@ def segment(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the outputs; made if missing.", show_default=False)
     ],
-    model: Annotated[str, typer.Option(help="A model of `probmed models`.")] = "segmentation",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A model of `probmed models` (segmentation), or folders of networks, whose mean is taken.", show_default=False),
+    ] = None,
     atlas: Annotated[
         Path | None,
         typer.Option(
@@ -119,8 +126,7 @@ def segment(
     made: list[Path] = []
     try:
         check_device(device)
-        if model not in ZOO:
-            raise UnusableInput(f"--model {model}", "there is no such model", f"use one of: {', '.join(ZOO)}")
+        networks = _networks(model or [])
         maps = default_atlas() if atlas is None else read_atlas(atlas)
         made = make_folder(out)
         if atlas is not None:
@@ -128,7 +134,7 @@ def segment(
     except UnusableInput as error:
         progress.say(str(error))
         raise typer.Exit(2) from error
-    request = Request(maps, out, draws, samples, device.value, seed, quiet, protect)
+    request = Request(maps, out, draws, samples, device.value, seed, quiet, protect, networks)
     failures: list[tuple[str, str]] = []
     unforeseen = False
     taken: dict[str, Subject] = {}
@@ -143,7 +149,7 @@ def segment(
                         subject.name, f"would have outputs of the same names as {twin.name}", remedy
                     )
                 taken[subject.stem] = subject
-                result = segment_subject(subject, request, label)
+                said = _by_networks(subject, request, label) if networks else _summary(subject, segment_subject(subject, request, label), out)
             except Exception as error:  # a list goes on, whatever happened to one of its scans
                 line = progress.failure_line(error, subject.name, debug)
                 unforeseen |= not isinstance(error, UnusableInput)
@@ -151,13 +157,61 @@ def segment(
                 progress.say(line)
                 continue
             if not quiet:
-                typer.echo(_summary(subject, result, out))
+                typer.echo(said)
     finally:
         remove_if_empty(made)
     if failures and len(subjects) > 1:
         progress.failure_table(failures, len(subjects))
     if failures:
         raise typer.Exit(2 if len(failures) == len(subjects) and not unforeseen else 1)
+
+
+def _networks(models: list[str]) -> tuple[Any, ...]:
+    """Those whose folders are given; none for the generative model.
+
+    Raises:
+        UnusableInput: for what is neither, and for networks of different labels.
+    """
+    folders = [name for name in models if name != "segmentation"]
+    if not folders:
+        return ()
+    unknown = [name for name in folders if not Path(name).is_dir()]
+    if unknown or len(folders) < len(models):
+        remedy = f"use one of: {', '.join(ZOO)}, or the folder of `probmed train segmentation`"
+        raise UnusableInput(f"--model {(unknown or models)[0]}", "there is no such model", remedy)
+    supervision = importlib.import_module("probmed.workflows.supervision")
+    found = tuple(supervision.TrainedSegmenter.load(Path(name)) for name in folders)
+    for folder, network in zip(folders, found, strict=True):
+        if network.names != found[0].names:
+            raise UnusableInput(folder, "is a network for other labels than the first", "give networks of the same labels")
+    return found
+
+
+def _by_networks(subject: Subject, request: Request, label: str) -> str:
+    """Segment one subject by the mean of networks, each several times where it has dropout; what was found, and where it is.
+
+    Raises:
+        UnusableInput: for several channels, a scan that cannot be used, and outputs that cannot be written.
+    """
+    if len(subject.channels) > 1:
+        raise UnusableInput(subject.name, "has several channels, and networks take one", "give one scan a subject")
+    names = request.networks[0].names
+    check_outputs(request.out, network_names(subject.stem, list(names.values())).values(), subject.stem, request.protect)
+    with progress.collected_warnings([subject.name]) as lines, progress.progress_bar(label, request.quiet) as tell:
+        scan = read_scan(subject.channels[0])
+        found = []
+        for number, network in enumerate(request.networks):
+            passes = request.draws if network.settings.dropout else 0
+            p = network.probabilities(scan, passes, request.seed)
+            found.append(p if passes else p[None])
+            tell("segmenting", 0.9 * (number + 1) / len(request.networks))
+        provenance = Provenance.of(command_line(), request.seed, [subject.name], lines)
+        table = write_network_segmentation(torch.cat(found), names, scan, request.out, subject.stem, provenance, request.protect)
+    if not request.quiet:
+        for line in lines:
+            progress.say(f"warning: {line}", "yellow")
+    volumes = ", ".join(f"{row['name']} {row['volume_ml']:.3g} ml" for row in table.to_dict("records"))
+    return f"{subject.name}: {volumes}\n  {request.out / (subject.stem + '_dseg.nii.gz')}"
 
 
 def segment_subject(

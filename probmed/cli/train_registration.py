@@ -17,11 +17,11 @@ from probmed.cli.options import (
     QuietOption,
     SeedOption,
     check_device,
+    check_run,
     load_amortisation,
     make_folder,
 )
 from probmed.tables import read_table
-from probmed.volumes import UnusableInput
 
 
 class Posterior(str, Enum):
@@ -84,7 +84,7 @@ def registration(
     """
     with progress.in_one_line(str(data), debug) as made:
         check_device(device)
-        _check_run(out, resume)
+        check_run(out, resume)
         table, checked = read_table(data), None if validation is None else read_table(validation)
         made += make_folder(out)
         amortisation, training_of = load_amortisation(), importlib.import_module("probmed.inference.training")
@@ -116,12 +116,3 @@ def registration(
     if not quiet and fabric.is_global_zero:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "folding"))
         typer.echo(f"{out}: {int(log[-1]['step'])} steps, {numbers}")
-
-
-def _check_run(out: Path, resume: bool) -> None:
-    """A run is gone on with when asked for, and never replaced."""
-    found = (out / "checkpoint.safetensors").exists()
-    if found and not resume:
-        raise UnusableInput(out, "holds a run already", "go on with it by --resume, or give another folder with --out")
-    if resume and not found:
-        raise UnusableInput(out, "holds no run to go on with", "leave out --resume, or give the run's folder with --out")

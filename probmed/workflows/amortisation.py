@@ -41,6 +41,7 @@ from probmed.similarities import GaussianNoise, LabelAgreement, LocalCorrelation
 from probmed.transforms import Affine, Velocity, warp
 from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, scaled
 from probmed.workflows.cohorts import common_grid, own_world
+from probmed.workflows.propagation import check_same_grid, names_beside
 from probmed.workflows.registration import Answer, prior_scales
 
 OBJECTIVES = ("elbo", "simulation", "voxelmorph-mse", "voxelmorph-ncc", "voxelmorph-probabilistic")
@@ -109,21 +110,30 @@ def brought(volume: Volume, grid: Grid, labels: bool = False) -> Tensor:
     return warp(data[None], volume.grid, own_world(volume.grid), grid, "nearest" if labels else "linear", fill)[0]
 
 
-def read_cohort(table: pd.DataFrame, source: Path, spacing_mm: float | None = None, grid: Grid | None = None) -> tuple[Cohort, Grid]:
+def read_cohort(
+    table: pd.DataFrame,
+    source: Path,
+    spacing_mm: float | None = None,
+    grid: Grid | None = None,
+    codes: Sequence[int] | None = None,
+    least: int = 2,
+) -> tuple[Cohort, Grid]:
     """Scans of a table on a common grid.
 
     Arguments:
         table: columns ``scan`` and, where there are any, ``labels``: paths, relative ones to the table's folder.
         source: the table's path.
-        spacing_mm: of the common grid; grid: of a network that there is already.
+        spacing_mm: of the common grid; grid: of a network that there is already, and codes: those that it knows.
+        least: number of scans.
 
     Raises:
-        UnusableInput: for columns that are missing, fewer than two scans, and scans of different dimensions.
+        UnusableInput: for columns that are missing, too few scans, scans of different dimensions, label maps on other voxels than their scan's, and
+            codes that are not known.
     """
     if "scan" not in table.columns:
         raise UnusableInput(source, f"has no column scan (it has {', '.join(map(str, table.columns))})", "give a column scan with paths")
-    if len(table) < 2:
-        raise UnusableInput(source, f"has {len(table)} scans", "give two or more, of which pairs are made")
+    if len(table) < least:
+        raise UnusableInput(source, f"has {len(table)} scans", f"give {least} or more")
     paths = [source.parent / str(path) for path in table["scan"]]
     scans = [read_scan(path) for path in paths]
     for path, scan in zip(paths, scans, strict=True):
@@ -132,14 +142,29 @@ def read_cohort(table: pd.DataFrame, source: Path, spacing_mm: float | None = No
     grid = common_grid([scan.grid for scan in scans], spacing_mm) if grid is None else grid
     images = torch.stack([brought(scan, grid) for scan in scans])[:, None]
     maps: list[Tensor | None] = []
-    for cell in table.get("labels", [None] * len(table)):
-        maps.append(None if cell is None or pd.isna(cell) else brought(read_labels(source.parent / str(cell)), grid, labels=True))
-    found = torch.cat([m.unique() for m in maps if m is not None]).unique() if any(m is not None for m in maps) else torch.zeros(1).long()
+    for scan, cell in zip(scans, table.get("labels", [None] * len(table)), strict=True):
+        if cell is None or pd.isna(cell):
+            maps.append(None)
+            continue
+        labels = read_labels(source.parent / str(cell))
+        check_same_grid(labels, scan)
+        unknown = [] if codes is None else [code for code in labels.data.unique().tolist() if code not in codes]
+        if unknown:
+            remedy = f"use the codes {', '.join(map(str, codes or ()))}"
+            raise UnusableInput(source.parent / str(cell), f"has the label {unknown[0]}, which training has not seen", remedy)
+        maps.append(brought(labels, grid, labels=True))
+    found = torch.cat([torch.zeros(1).long(), *(m.unique() for m in maps if m is not None)]).unique() if codes is None else torch.tensor(list(codes))
     indices = torch.full((len(scans), *grid.shape), -1)
     for n, values in enumerate(maps):
         if values is not None:
             indices[n] = torch.searchsorted(found, values.contiguous())
     return Cohort(images, indices, tuple(path.name for path in paths), tuple(found.tolist())), grid
+
+
+def names_of(table: pd.DataFrame, source: Path) -> dict[int, str]:
+    """Names of the labels, from the table beside the first label map, where there is one."""
+    cells = [cell for cell in table.get("labels", []) if not pd.isna(cell)]
+    return names_beside(source.parent / str(cells[0])) if cells else {}
 
 
 def random_pairs(count: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

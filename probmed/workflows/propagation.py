@@ -157,7 +157,7 @@ def read_moving_labels(path: Path, moving: Volume) -> tuple[Volume, dict[int, st
     check_same_grid(labels, moving)
     if not bool(labels.data.any()):
         raise UnusableInput(path, "is empty: every voxel is 0", "give a map of labels other than 0")
-    return labels, _names_beside(path)
+    return labels, names_beside(path)
 
 
 def read_mask(path: Path, fixed: Volume) -> Tensor:
@@ -194,7 +194,8 @@ def table_beside(path: Path) -> Path:
     return path.with_name(f"{bids_stem(path)}.tsv")
 
 
-def _names_beside(path: Path) -> dict[int, str]:
+def names_beside(path: Path) -> dict[int, str]:
+    """Of a label map's codes, where a table beside it has them."""
     try:
         rows = pd.read_csv(table_beside(path), sep="\t", dtype=str, keep_default_na=False)
         return {int(index): str(label) for index, label in zip(rows["index"], rows["name"], strict=True) if label}

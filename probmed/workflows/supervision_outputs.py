@@ -1,0 +1,81 @@
+"""A scan that a network has segmented, as files: BIDS derivatives, all of them or none.
+
+Of ``sub-01_T1w.nii.gz``: ``_dseg.nii.gz`` with ``_dseg.tsv``, ``_label-X_probseg.nii.gz`` for each label, ``_volumes.tsv``, and a ``.json`` beside
+each. Volumes are sums of probabilities; their intervals are of passes with dropout, or of several networks, where there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from probmed.volumes import Volume, write_labels, write_scan
+from probmed.workflows.outputs import (
+    VOLUME_COLUMNS,
+    check_outputs,
+    described_table,
+    entity,
+    staged,
+    table_text,
+    with_sidecars,
+    write_sidecars,
+)
+from probmed.workflows.provenance import Provenance
+from probmed.workflows.segmentation import interval_table
+
+
+def network_names(stem: str, labels: Sequence[str]) -> dict[str, str]:
+    """Names of all files of a scan: what it is → name."""
+    names = {"dseg": f"{stem}_dseg.nii.gz", "labels": f"{stem}_dseg.tsv"}
+    names |= {f"probability {label}": f"{stem}_label-{entity(label, labels)}_probseg.nii.gz" for label in labels}
+    return names | {"volumes": f"{stem}_volumes.tsv"}
+
+
+def volumes_of(probabilities: Tensor, names: dict[int, str], scan: Volume) -> pd.DataFrame:
+    """``interval_table`` in ml.
+
+    Arguments:
+        probabilities: of passes or networks, ``(N, K, *shape)``, background first; with one of them there are no intervals.
+    """
+    voxel_ml = scan.as_3d().grid.voxel_volume / 1000
+    each = probabilities[:, 1:].flatten(2).sum(-1).double() * voxel_ml
+    return interval_table(list(names), list(names.values()), each.mean(0), each if len(each) > 1 else each[:0])
+
+
+def write_network_segmentation(
+    probabilities: Tensor, names: dict[int, str], scan: Volume, folder: Path, stem: str, provenance: Provenance, protect: Iterable[Path] = ()
+) -> pd.DataFrame:
+    """Write every file of a scan into a folder, which has to exist.
+
+    Arguments:
+        probabilities: ``(N, K, *shape)``, as ``volumes_of`` has them. names: of the labels' codes, in the network's order.
+
+    Returns:
+        The volumes.
+
+    Raises:
+        UnusableInput: where a file would replace an input or one that probmed did not write, or cannot be written; then none is.
+    """
+    files = network_names(stem, list(names.values()))
+    check_outputs(folder, with_sidecars(files), stem, protect)
+    mean, table = probabilities.mean(0), volumes_of(probabilities, names, scan)
+    codes = torch.tensor([0, *names])
+    described: dict[str, dict[str, Any]] = {
+        "dseg": {"Description": "The likeliest label of each voxel.", "Labels": {name: code for code, name in names.items()}},
+        "volumes": described_table("Volumes, and their quantiles over passes or networks.", VOLUME_COLUMNS),
+    }
+    with staged(folder, stem) as stage:
+        write_labels(stage / files["dseg"], codes[mean.argmax(0)], scan)
+        for name, p in zip(names.values(), mean[1:], strict=True):
+            write_scan(stage / files[f"probability {name}"], p, scan)
+            described[f"probability {name}"] = {"Description": f"Probability of {name}, by a network."}
+        rows = pd.DataFrame({"index": list(names), "name": list(names.values())})
+        (stage / files["labels"]).write_text(rows.to_csv(sep="\t", index=False, lineterminator="\n"), encoding="utf-8")
+        (stage / files["volumes"]).write_text(table_text(table[list(VOLUME_COLUMNS)]), encoding="utf-8")
+        write_sidecars(stage, files, described, provenance)
+    return table
