@@ -108,6 +108,7 @@ class _Solved:
     gram: Tensor
     coefficients: Tensor
     weighted: Tensor
+    weighted_design: Tensor
     scales: Tensor
     log_likelihood: Tensor
 
@@ -131,7 +132,7 @@ def _solve(data: ChangeData, variances: Tensor, restricted: bool, scales: Tensor
     if scales is None:
         scales = torch.ones_like(squares) if data.change.ndim == 1 else squares / independent
     value = len(squares) * determinants - 0.5 * (squares / scales + independent * scales.log()).sum()
-    return _Solved(told, factor, gram, coefficients, weighted, scales, value)
+    return _Solved(told, factor, gram, coefficients, weighted, both[:, :covariates], scales, value)
 
 
 def log_likelihood(data: ChangeData, variances: Tensor, restricted: bool = True) -> Tensor:
@@ -143,11 +144,16 @@ def log_likelihood(data: ChangeData, variances: Tensor, restricted: bool = True)
     return _solve(data, variances, restricted).log_likelihood
 
 
-def average_information(data: ChangeData, variances: Tensor) -> Tensor:
-    """½ dᵀP V_i P V_j P d, ``(components, components)``, which for large samples is the information of the components; a sum over columns."""
+@torch.no_grad()
+def average_information(data: ChangeData, variances: Tensor, solved: _Solved | None = None) -> Tensor:
+    """½ dᵀP V_i P V_j P d, ``(components, components)``, which for large samples is the information of the components; a sum over columns.
+
+    Arguments:
+        solved: at these components, restricted, where it is known.
+    """
     visits, inner, seen = data.visits, data.among_seen, data.seen
     noise, first = data.noises(variances)
-    solved = _solve(data, variances, True)
+    solved = _solve(data, variances, True) if solved is None else solved
     delta = visits.delta.to(data.change)[:, None]
     counts = visits.sums(torch.ones_like(delta[:, 0]))
     rho = (first / (noise + counts * first))[visits.subject][:, None]
@@ -165,8 +171,7 @@ def average_information(data: ChangeData, variances: Tensor) -> Tensor:
         outer = unrelated(x)
         rate = visits.sums(delta * outer)[seen] / solved.told.precision[:, None]
         weighted = solved.factor.solve(rate)
-        design = data.design[seen]
-        weighted = weighted - solved.factor.solve(design) @ torch.linalg.solve(solved.gram, design.mT @ weighted)
+        weighted = weighted - solved.weighted_design @ torch.linalg.solve(solved.gram, data.design[seen].mT @ weighted)
         change = rate - weighted / solved.told.precision[:, None]
         every = x.new_zeros(visits.people, x.shape[1]).index_copy(0, seen, change)
         return outer - unrelated(delta * every[visits.subject])
@@ -382,14 +387,14 @@ def fit_components(
     lowest = mixing.mT @ lowest
     free = torch.maximum(mixing.mT @ _start(data) / mixing.square().sum(0) if start is None else start, lowest)
     negligible = torch.maximum(_NEGLIGIBLE * (mixing.mT @ _start(data)), lowest)
-    value, gradient = _with_gradient(data, free, mixing, restricted)
+    value, gradient, solved = _with_gradient(data, free, mixing, restricted)
     if not math.isfinite(value):
         raise FloatingPointError(f"the log likelihood is {value} at the start")
     converged, taken = False, 0
     while taken < iterations and not converged:
         taken += 1
         movable = ((free > lowest) | (gradient > 0)).nonzero()[:, 0]
-        information = (mixing.mT @ average_information(data, mixing @ free) @ mixing)[movable][:, movable]
+        information = (mixing.mT @ average_information(data, mixing @ free, solved if restricted else None) @ mixing)[movable][:, movable]
         unit, correlation = _in_own_units(information)
         step = torch.zeros_like(free)
         step[movable] = unit * torch.linalg.solve(correlation, unit * gradient[movable])
@@ -397,7 +402,7 @@ def fit_components(
         for _ in range(_HALVINGS):
             # A component that leaps to its bound may never come back: there information is great, and steps are small.
             candidate = torch.maximum(free + size * step, torch.where(free > negligible, _SHRINKING * free, lowest))
-            found, slope = _with_gradient(data, candidate, mixing, restricted)
+            found, slope, there = _with_gradient(data, candidate, mixing, restricted)
             gain = found - value
             if gain >= 0:
                 break
@@ -406,7 +411,7 @@ def fit_components(
             # No step gains: at the maximum, as near as its value can tell.
             converged = float(step @ gradient) < math.sqrt(tolerance)
             break
-        free, value, gradient = candidate, found, slope
+        free, value, gradient, solved = candidate, found, slope, there
         converged = gain < tolerance
     # Of components and scales only the product is determined.
     variances = mixing @ free
@@ -458,15 +463,16 @@ def _start(data: ChangeData) -> Tensor:
     return torch.cat([rate / means.clamp_min(1e-300), total.expand(data.count - kernels)]) / data.count
 
 
-def _with_gradient(data: ChangeData, free: Tensor, mixing: Tensor, restricted: bool) -> tuple[float, Tensor]:
+def _with_gradient(data: ChangeData, free: Tensor, mixing: Tensor, restricted: bool) -> tuple[float, Tensor, _Solved | None]:
+    """The log likelihood, its gradient, and what the information there needs."""
     leaf = free.clone().requires_grad_()
     try:
         with torch.enable_grad():
-            value = log_likelihood(data, mixing @ leaf, restricted)
-            (gradient,) = torch.autograd.grad(value, leaf)
+            solved = _solve(data, mixing @ leaf, restricted)
+            (gradient,) = torch.autograd.grad(solved.log_likelihood, leaf)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return -math.inf, torch.zeros_like(free)
-    return float(value.detach()), gradient
+        return -math.inf, torch.zeros_like(free), None
+    return float(solved.log_likelihood.detach()), gradient, solved
 
 
 @dataclass(frozen=True)
