@@ -6,7 +6,6 @@ seeded permutation, the first ones are labelled; all test scans report.
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
 import time
@@ -26,16 +25,14 @@ from benchmarks.tissue import data_folder
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import boundary_band, brier_score, calibration_error, dice, negative_log_likelihood, paired_bootstrap, surface_distances
-from probmed.transforms import warp
 from probmed.volumes import Volume, read_labels, read_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
-from probmed.workflows.cohorts import own_world
-from probmed.workflows.growth import Registrations
+from probmed.workflows.growth import Registered, Registrations
 from probmed.workflows.one_shot import Estimates, coupled, estimate, learned
 from probmed.workflows.propagation import propagate
 from probmed.workflows.registration import RegistrationSettings, register
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
-from probmed.workflows.training_sets import Augmentation, Examples, intensity_regions, labelled, one_shot, random_contrast
+from probmed.workflows.training_sets import Augmentation, Examples, intensity_regions, labelled, on_grid, one_shot, random_contrast
 
 STEPS, BATCH, RATE = 800, 2, 2e-3
 UNLABELLED = 30  # scans that learned transforms are estimated from
@@ -78,11 +75,11 @@ class Data:
     def estimates(self) -> Estimates:
         kept = Registrations(self.kept / "registrations", device="cpu")
 
-        def found(moving: Volume, fixed: Volume) -> object:
+        def found(moving: Volume, fixed: Volume) -> Registered:
             return kept(moving, fixed, RegistrationSettings())
 
         others = [read_scan(path) for path in self.order[1 : 1 + UNLABELLED]]
-        return estimate(self.one[0], others, found)  # type: ignore[arg-type]
+        return estimate(self.one[0], others, found)
 
     def supervised(self, count: int | None) -> Examples:
         cohort, grid = self.cohort
@@ -90,28 +87,17 @@ class Data:
 
     def drawn(self, spatial: str, appearance: str, augmentation: Augmentation | None = None) -> Examples:
         scan, shares = self.one
-        return self._brought(one_shot([learned(self.estimates, shares, spatial, appearance)], BATCH, augmentation), scan.grid)
+        return on_grid(one_shot([learned(self.estimates, shares, spatial, appearance)], BATCH, augmentation), scan.grid, self.cohort[1])
 
     def drawn_coupled(self) -> Examples:
         scan, shares = self.one
         models = [coupled(self.estimates, shares, number) for number in range(len(self.estimates.velocities))]
-        return self._brought(one_shot(models, BATCH), scan.grid)
+        return on_grid(one_shot(models, BATCH), scan.grid, self.cohort[1])
 
     def contrasts(self) -> Examples:
         cohort, grid = self.cohort
         regions = intensity_regions(cohort.images[0, 0], cohort.labels[0])
         return random_contrast(regions[None], cohort.labels[:1], grid, BATCH, Augmentation(velocity_mm=2.5, rotation=0.15, log_scale=0.12))
-
-    def _brought(self, examples: Examples, grid: Grid) -> Examples:
-        """On the networks' grid; beyond the scan nothing is known."""
-        common = self.cohort[1]
-
-        def draw() -> tuple[Tensor, Tensor]:
-            images, labels = examples()
-            there = own_world(grid)
-            return warp(images, grid, there, common, fill=math.nan), warp(labels[:, None], grid, there, common, "nearest", fill=-1)[:, 0]
-
-        return draw
 
 
 def _table(paths: Sequence[Path]) -> pd.DataFrame:

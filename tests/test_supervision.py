@@ -300,6 +300,31 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
     assert (volumes["q025"] < volumes["q975"]).all()
 
 
+@pytest.mark.slow
+def test_one_labelled_scan_and_others_without_labels(tmp_path: Path) -> None:
+    """By transforms that are learned from the others; more is labelled right than by the labels as they are."""
+    path = write_table(tmp_path, 6)
+    table = pd.read_csv(path, sep="\t")
+    table["labels"] = table["labels"].where(table.index == 0)
+    table.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    options = ["train", "segmentation", "--data", str(path), "--examples", "one-shot", "-o", str(tmp_path / "run"), "--device", "cpu"]
+    said(*options, "--steps", "150", "--learning-rate", "0.005", "--every", "150")
+    assert len(list((tmp_path / "run" / "registrations").iterdir())) == 5
+    trained = TrainedSegmenter.load(tmp_path / "run")
+    assert trained.codes == (0, 7, 14)
+    right, copied = [], []
+    for number in range(40, 45):
+        image, labels = disc(number)
+        found = trained.probabilities(Volume.from_grid(image, GRID)).argmax(0)
+        right.append(float((found == labels).float().mean()))
+        copied.append(float((disc(0)[1] == labels).float().mean()))
+    assert min(right) > 0.9 and sum(right) > sum(copied) + 0.4
+    two = pd.read_csv(write_table(tmp_path, 3, "all.tsv"), sep="\t")
+    two.to_csv(tmp_path / "all.tsv", sep="\t", index=False)
+    line = said("train", "segmentation", "--data", str(tmp_path / "all.tsv"), "--examples", "one-shot", "-o", str(tmp_path / "no"), code=2)
+    assert "has 3 scans with labels and 0 without" in line
+
+
 def test_what_cannot_be_trained_on_or_used_gets_one_line(tmp_path: Path) -> None:
     path = write_table(tmp_path, 3)
     table = pd.read_csv(path, sep="\t").assign(fold=["a", "a", "b"])

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
+from torch import Tensor
 
 from probmed.cli import progress
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, check_run, make_folder
+from probmed.models.one_shot import TransformedScan
 from probmed.tables import read_table
-from probmed.volumes import UnusableInput
+from probmed.volumes import UnusableInput, Volume, read_labels, read_scan
+from probmed.workflows.growth import Registered, Registrations
+from probmed.workflows.one_shot import model_of
+from probmed.workflows.registration import RegistrationSettings
 
 
 class Network(str, Enum):
@@ -31,6 +37,7 @@ class Examples(str, Enum):
 
     scans = "scans"
     contrasts = "contrasts"
+    one_shot = "one-shot"
 
 
 def segmentation(
@@ -44,7 +51,9 @@ def segmentation(
     ] = None,
     names: Annotated[Path | None, typer.Option(help='JSON file with the labels\' names, {"1": "GM", …}.', show_default=False)] = None,
     network: Annotated[Network, typer.Option(help="The network's body.")] = Network.unet,
-    examples: Annotated[Examples, typer.Option(help="The scans, or scans of random contrasts with their labels' shapes.")] = Examples.scans,
+    examples: Annotated[
+        Examples, typer.Option(help="The scans; their labels' shapes in random contrasts; or draws of one scan, changed as others differ.")
+    ] = Examples.scans,
     augment: Annotated[bool, typer.Option(help="Change shape and appearance of examples at random.")] = True,
     dropout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of features that training leaves out.")] = 0.0,
     spacing: Annotated[float | None, typer.Option(min=0.01, help="Of the network's grid, mm; the finest scan's by default.")] = None,
@@ -60,12 +69,16 @@ def segmentation(
 ) -> None:
     """Train a segmentation network on a table of labelled scans.
 
+    With --examples one-shot one scan has labels and the others none: it is registered to them, and the network is
+    trained on draws of the one with transforms distributed like those that were found.
     Into the folder go checkpoint.safetensors, log.csv, network.safetensors and network.json. A run that was
     stopped goes on with --resume and ends in the same numbers.
 
     [bold]Examples[/bold]
 
         probmed train segmentation --data scans.tsv --fold 1 -o run
+
+        probmed train segmentation --data one_label.tsv --examples one-shot -o run
 
         probmed segment scan.nii.gz --model run -o out
     """
@@ -84,17 +97,20 @@ def segmentation(
         with progress.collected_warnings([str(data)]), progress.progress_bar(out.name, quiet) as tell:
             tell("reading", 0.0)
             cohort, grid = amortisation.read_cohort(training_rows, data, spacing, least=1)
-            if bool((cohort.labels < 0).any()):
-                raise UnusableInput(data, "has scans without labels", "give labels to each, or leave the scan out")
+            _check_labels(cohort.labels, data, examples)
             codes = cohort.codes
             checked = None if held is None else amortisation.read_cohort(held, data, grid=grid, codes=codes, least=1)[0].to(fabric.device)
-            cohort = cohort.to(fabric.device)
             change = sets.Augmentation() if augment else None
-            if examples is Examples.contrasts:
-                regions = [sets.intensity_regions(image, labels) for image, labels in zip(cohort.images[:, 0], cohort.labels, strict=True)]
-                drawn = sets.random_contrast(supervision.torch.stack(regions), cohort.labels, grid, batch, change)
+            if examples is Examples.one_shot:
+                model = _one_shot(training_rows, data, codes, Registrations(out / "registrations", seed=seed, device=device.value), tell)
+                drawn = sets.on_grid(sets.one_shot([model], batch, change), model.grid, grid)
             else:
-                drawn = sets.labelled(cohort.images, cohort.labels, grid, batch, change)
+                cohort = cohort.to(fabric.device)
+                images, labels = cohort.images, cohort.labels
+                if examples is Examples.contrasts:
+                    drawn = sets.random_contrast(sets.regions_of(images, labels), labels, grid, batch, change)
+                else:
+                    drawn = sets.labelled(images, labels, grid, batch, change)
             trained = supervision.TrainedSegmenter.build(
                 grid, supervision.SegmenterSettings(network.value, dropout), codes, {**amortisation.names_of(training_rows, data), **named}, seed
             )
@@ -135,6 +151,32 @@ def _parts(table: pd.DataFrame, source: Path, fold: str | None) -> tuple[pd.Data
         found = ", ".join(sorted(table["fold"].astype(str).unique()))
         raise UnusableInput(source, f"has {'no' if not own.any() else 'only'} scans of fold {fold} (it has {found})", "give one of several folds")
     return table[~own].reset_index(drop=True), table[own].reset_index(drop=True)
+
+
+def _check_labels(labels: Tensor, source: Path, examples: Examples) -> None:
+    """
+    Raises:
+        UnusableInput: where scans lack labels, or, for one-shot learning, not all but one do.
+    """
+    known = (labels >= 0).flatten(1).all(1)
+    if examples is not Examples.one_shot and not bool(known.all()):
+        raise UnusableInput(source, "has scans without labels", "give labels to each, leave the scan out, or use --examples one-shot")
+    if examples is Examples.one_shot and (int(known.sum()) != 1 or len(known) < 3):
+        fault = f"has {int(known.sum())} scans with labels and {int((~known).sum())} without"
+        raise UnusableInput(source, fault, "give one with labels, and two or more without")
+
+
+def _one_shot(table: pd.DataFrame, source: Path, codes: Sequence[int], kept: Registrations, tell: Callable[[str, float], None]) -> TransformedScan:
+    """The model of the labelled scan."""
+    one = table["labels"].notna()
+    path = source.parent / str(table["scan"][one].iloc[0])
+    scan, labels = read_scan(path), read_labels(source.parent / str(table["labels"][one].iloc[0]))
+    others = [read_scan(source.parent / str(name)) for name in table["scan"][~one]]
+
+    def registered(moving: Volume, fixed: Volume) -> Registered:
+        return kept(moving, fixed, RegistrationSettings())
+
+    return model_of(scan, labels, others, codes, registered, lambda share: tell("registering", share))
 
 
 def _names(path: Path) -> dict[int, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from pyro import poutine
@@ -19,15 +20,27 @@ from probmed.fields import along_axes
 from probmed.grids import Grid, interpolation_matrices
 from probmed.inference.parameters import seeded
 from probmed.models.one_shot import TransformedScan
-from probmed.transforms import Affine, warp
+from probmed.transforms import Affine, Transform, Velocity, warp
 from probmed.volumes import Volume, scaled
-from probmed.workflows.registration import RegistrationResult
 
 SPATIAL = ("principal", "smooth", "random", "none")
 APPEARANCES = ("principal", "smooth", "none")
 _RANDOM_SD_MM, _RANDOM_LENGTH_MM = 2.0, 8.0  # of transforms that nothing was learned from
 
-Register = Callable[[Volume, Volume], RegistrationResult]
+
+
+class Found(Protocol):
+    """A registration: its affine map and velocity, and both together."""
+
+    @property
+    def affine(self) -> Affine: ...
+    @property
+    def velocity(self) -> Velocity | None: ...
+    @property
+    def transform(self) -> Transform: ...
+
+
+Register = Callable[[Volume, Volume], Found]
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,23 @@ def estimate(scan: Volume, others: Sequence[Volume], register: Register, tell: C
     if lattice is None:
         raise AssertionError
     return Estimates(scan.grid, lattice, reference, torch.stack(velocities), tuple(affines), torch.stack(residuals))
+
+
+def model_of(
+    scan: Volume,
+    labels: Volume,
+    others: Sequence[Volume],
+    codes: Sequence[int],
+    register: Register,
+    tell: Callable[[float], None] = lambda share: None,
+) -> TransformedScan:
+    """What is drawn from: both transforms independent, each with the principal components of what was estimated.
+
+    Arguments:
+        labels: on the scan's grid. codes: of the labels, 0 first. others: scans without labels.
+    """
+    shares = torch.stack([(labels.data == code).float() for code in codes])
+    return learned(estimate(scan, others, register, tell), shares)
 
 
 def learned(

@@ -19,6 +19,7 @@ from probmed.grids import Grid, interpolation_matrices
 from probmed.models.one_shot import TransformedScan
 from probmed.priors import SmoothVelocity
 from probmed.transforms import Velocity, warp
+from probmed.workflows.cohorts import own_world
 
 Examples = Callable[[], tuple[Tensor, Tensor]]
 
@@ -100,6 +101,17 @@ def one_shot(models: list[TransformedScan], batch: int, augmentation: Augmentati
     return draw
 
 
+def on_grid(examples: Examples, source: Grid, grid: Grid) -> Examples:
+    """Examples of a scan's own voxels on a network's grid; beyond the scan nothing is known."""
+    there = own_world(source)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        images, labels = examples()
+        return warp(images, source, there, grid, fill=math.nan), warp(labels[:, None], source, there, grid, "nearest", fill=-1)[:, 0]
+
+    return draw
+
+
 def random_contrast(regions: Tensor, labels: Tensor, grid: Grid, batch: int, augmentation: Augmentation | None = None) -> Examples:
     """Scans that are made of regions, each of an intensity that is drawn anew, so that a network learns shapes and no contrast.
 
@@ -124,6 +136,11 @@ def random_contrast(regions: Tensor, labels: Tensor, grid: Grid, batch: int, aug
         return shape.appearance(moved, grid), carried
 
     return draw
+
+
+def regions_of(images: Tensor, labels: Tensor) -> Tensor:
+    """``intensity_regions`` of each of several scans, ``(N, 1, *shape)``."""
+    return torch.stack([intensity_regions(image, own) for image, own in zip(images[:, 0], labels, strict=True)])
 
 
 def intensity_regions(image: Tensor, labels: Tensor, parts: int = 6) -> Tensor:
