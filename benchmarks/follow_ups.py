@@ -23,15 +23,16 @@ from benchmarks.pairs import beside, scans
 from benchmarks.tables import Log, Row, mean_sd
 from probmed.fields import GaussianField
 from probmed.grids import Grid
-from probmed.metrics import dice, paired_bootstrap
+from probmed.metrics import dice, normal_crps, paired_bootstrap
 from probmed.simulation import simulate_people
 from probmed.tables import Genotypes, Visits
 from probmed.transforms import Affine, Displacement, Velocity, physical_gradient, warp
 from probmed.volumes import Volume, read_labels, read_scan, scaled, write_labels, write_scan
+from probmed.workflows.follow_up_checks import held_out_codes
 from probmed.workflows.growth import Body, Forecast, GrowthSettings, LabelledScan, Registrations, fit_growth, forecast
 from probmed.workflows.longitudinal import RateSettings, fit_rates
 from probmed.workflows.shape_code_training import fit_codes
-from probmed.workflows.shape_codes import CodeSettings, predict_scans
+from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, predict_scans
 
 TRAINED, ASKED = 60, 30
 YEARS = (1.5, 3.0)
@@ -47,6 +48,7 @@ COPY, MEAN, SCALAR = "baseline as it is", "mean change", "S15, each structure's 
 METHODS = (COPY, MEAN, SCALAR, GROWTH, CODES)
 LEVEL = 0.9
 FINER = 3
+CODE_COUNTS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -219,11 +221,21 @@ def deformations(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
 
 
 def codes(cohort: MadeUp, folder: Path) -> dict[str, Answer]:
-    """S17."""
+    """S17, with as many codes as predict the last visits of those who are trained on best."""
     kept, genotypes = Registrations(folder / "registrations", device="cpu"), Genotypes.open(cohort.genotypes, count_A1=True)
-    trained = fit_codes(cohort.read(cohort.seen), CodeSettings(fields()), cohort.atlas, kept, genotypes)
+    visits = cohort.read(cohort.seen)
+    fits = [fit_codes(visits, CodeSettings(fields(), count), cohort.atlas, kept, genotypes) for count in CODE_COUNTS]
+    trained = min(fits, key=lambda fit: last_visits_crps(fit, kept, genotypes))
     asked = cohort.read(cohort.asked)
     return {name: answer(cohort.people[name], told) for name, told in predict_scans(trained, asked, kept, genotypes, labels="labels")}
+
+
+def last_visits_crps(fit: ShapeCodes, kept: Registrations, genotypes: Genotypes) -> float:
+    found = held_out_codes(fit, kept, genotypes)
+    if found is None:
+        raise AssertionError
+    mean, sd, observed = (torch.tensor(found[0][name].to_numpy(copy=True)) for name in ("mean", "sd", "observed"))
+    return float(normal_crps(mean, sd, observed).mean())
 
 
 def fields() -> GrowthSettings:

@@ -77,7 +77,7 @@ class Segmentation(PyroModule):
     @torch.no_grad()
     def start(self, image: Tensor, grid: Grid | MaskedGrid) -> dict[str, Tensor]:
         """Every latent's starting value: the prior's mode for anatomy and bias, the atlas's own statistics for the appearance."""
-        trace = poutine.trace(poutine.block(self.labels, expose=["affine", "velocity"])).get_trace(grid)
+        trace = poutine.trace(self.labels).get_trace(grid)
         values = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
         state = {name: torch.zeros_like(value) for name, value in values.items() if isinstance(value, Tensor)}
         if self.bias is not None:

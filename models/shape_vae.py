@@ -4,9 +4,9 @@
     z \\sim N(0, I), \\quad \\varphi \\sim p(\\varphi), \\quad S_x \\sim Cat(\\pi_x), \\quad
     \\pi_x = \\mathrm{softmax}(f(z) + \\log T)(\\varphi(x))
 
-f is a network and T a location prior, both on one grid. As a label prior it goes into ``Segmentation``, where it gives p(I | S) p(S | z) p(z) with the
-labels summed out. Guides: q(z | S) reads a label map; q(z | I) reads what the scan's own appearance makes of it under the mean shape, so that a
-contrast that it has never seen looks to it as any other.
+f is a network and T a location prior, both on one grid. As a label prior it goes into ``Segmentation``, where it gives p(I | S) p(S | z) p(z) with
+the labels summed out. Guides: q(z | S) reads a label map; q(z | I) reads what the scan's own appearance makes of it under the mean shape, so that
+a contrast that it has never seen looks to it as any other.
 
 References: Dalca, Guttag & Sabuncu, CVPR 2018; Kingma & Welling, ICLR 2014; Burda et al., ICLR 2016 (importance sampling, active units).
 """

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import pyro.distributions.torch_distribution as torch_distribution
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import constraints
@@ -26,8 +26,8 @@ from probmed.transforms import Transform
 class NetworkPrior(FixedAtlas):
     """p(S) of one scan from what a network makes of it, log probabilities with a floor. No sites.
 
-    ``Segmentation(NetworkPrior(names, trained.probabilities(scan), scan.grid), GaussianMixture.for_labels(names))`` looks at the same scan twice where
-    the network has read the image that is then observed; its evidence is honest where the network has read another contrast, or another scan.
+    ``Segmentation(NetworkPrior(names, trained.probabilities(scan), scan.grid), GaussianMixture.for_labels(names))`` looks at the same scan twice
+    where the network has read the image that is then observed; its evidence is honest where the network has read another contrast, or another scan.
 
     Arguments:
         names: of the labels. probabilities: ``(K, *grid.shape)``, calibrated.
@@ -44,7 +44,7 @@ class NetworkPrior(FixedAtlas):
         super().__init__(LabelAtlas(tuple(names), probabilities, grid, brain=()), transform, floor)
 
 
-class RatioMixture(torch_distribution.TorchDistribution):
+class RatioMixture(TorchDistribution):
     """An image given label probabilities, by ratios r_k(I)_v = p_net(S_v = k | I) / p_train(S_v = k), the labels summed out.
 
     .. math:: \\log p(I \\mid \\pi) = \\sum_v \\log \\sum_k \\pi_{vk} r_k(I)_v + \\text{a number that no } \\pi \\text{ changes}
@@ -54,14 +54,16 @@ class RatioMixture(torch_distribution.TorchDistribution):
     Arguments:
         log_prior: log π, ``(*batch, K, *shape)``.
         log_ratio: an image ``(C, *shape)`` to log r, ``(K, *shape)``.
-        channels: C.
+        ndim: number of axes in shape. channels: C.
         coupling: as ``LabelMixture``'s.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
-    def __init__(self, log_prior: Tensor, log_ratio: Callable[[Tensor], Tensor], ndim: int, channels: int = 1, coupling: Coupling | None = None) -> None:
+    def __init__(
+        self, log_prior: Tensor, log_ratio: Callable[[Tensor], Tensor], ndim: int, channels: int = 1, coupling: Coupling | None = None
+    ) -> None:
         self.log_prior, self.log_ratio, self.ndim, self.coupling = log_prior, log_ratio, ndim, coupling
         super().__init__(log_prior.shape[: -ndim - 1], torch.Size((channels, *log_prior.shape[-ndim:])), validate_args=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from monai.networks.blocks.convolutions import Convolution
@@ -36,7 +37,7 @@ class ShapeDecoder(nn.Module):
         self.shape, self.coarse, ndim = tuple(shape), _coarse(shape), len(shape)
         widths = [features << level for level in range(_HALVINGS, -1, -1)]
         self.spread = nn.Sequential(nn.Linear(codes, 64), nn.SiLU(), nn.Linear(64, widths[0] * math.prod(self.coarse)))
-        self.layers = nn.ModuleList(_layer(ndim, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(_layer(ndim, a, b) for a, b in pairwise(widths))
         self.head = nn.Conv3d(features, classes, 3, padding=1) if ndim == 3 else nn.Conv2d(features, classes, 3, padding=1)
         self.mode = "trilinear" if ndim == 3 else "bilinear"
 
@@ -58,9 +59,7 @@ class ShapeEncoder(nn.Module):
         super().__init__()
         ndim = len(shape)
         widths = [features << level for level in range(_HALVINGS + 1)]
-        self.layers = nn.Sequential(
-            _layer(ndim, classes, features), *[_layer(ndim, a, b, strides=2) for a, b in zip(widths, widths[1:], strict=False)]
-        )
+        self.layers = nn.Sequential(_layer(ndim, classes, features), *[_layer(ndim, a, b, strides=2) for a, b in pairwise(widths)])
         self.head = nn.Sequential(nn.Linear(widths[-1] * math.prod(_coarse(shape)), 64), nn.SiLU(), nn.Linear(64, 2 * codes))
 
     def forward(self, probabilities: Tensor) -> Tensor:
