@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from probmed import __version__
-from probmed.cli import demo, models, register, segment, template, train, warp
+from probmed.cli import compare, demo, models, register, segment, template, train, warp
 from probmed.cli.predict import predict
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command()(segment.segment)
 app.command()(register.register)
 app.command()(warp.warp)
 app.command()(template.template)
+app.command()(compare.compare)
 app.add_typer(train.app, name="train")
 app.command()(predict)
 app.command()(models.models)

@@ -13,10 +13,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from probmed import __version__
-from probmed.report import figures, growth_figures, pair_figures, rate_figures, template_figures
+from probmed.report import comparison_figures, figures, growth_figures, pair_figures, rate_figures, template_figures
 from probmed.report.panels import data_uri
 from probmed.tables import Genotypes
 from probmed.workflows import rate_checks
+from probmed.workflows.comparison import Comparison
 from probmed.workflows.follow_up_checks import Foretold, foretold_growth, held_out_codes, leading
 from probmed.workflows.growth import EQUATION as GROWTH_EQUATION
 from probmed.workflows.growth import Growth, Registrations
@@ -383,6 +384,29 @@ def codes_page(
 def _region_row(row: Mapping[Any, Any]) -> list[str]:
     shares = [_figures(row["share"], 2), _between(row, "share_low", "share_high", 2)]
     return [row["name"], row["component"], *shares, _figures(row["statistic"]), _figures(row["p"], 2)]
+
+
+def comparison_page(comparison: Comparison, volumes: pd.DataFrame, provenance: Provenance, title: str) -> str:
+    """The report of several segmentations as HTML, with its images inside.
+
+    Arguments:
+        volumes: ``comparison.volumes()``. title: the scan's name.
+    """
+    agreement = comparison.agreement()
+    shape = " × ".join(str(n) for n in comparison.scan.shape)
+    return _TEMPLATES.get_template("comparison.html").render(
+        title=title,
+        version=__version__,
+        summary=[("scan", f"{shape} voxels"), ("segmentations", str(len(comparison.maps) - (comparison.truth is not None)))],
+        colours=comparison_figures.colours_of(comparison),
+        images=_image(comparison_figures.side_by_side(comparison), "the scan and its segmentations"),
+        truth=comparison.truth is not None,
+        columns=[name.replace("_", " ") for name in volumes.columns],
+        rows=[[value if isinstance(value, str) else _figures(value, 4) for value in row] for row in volumes.itertuples(index=False)],
+        names=list(agreement.columns),
+        agreement=[(name, [f"{value:.3f}" for value in row]) for name, row in zip(agreement.index, agreement.to_numpy(), strict=True)],
+        provenance=provenance,
+    )
 
 
 def _checks(result: RateResult, tell: Callable[[float], None]) -> dict[str, Any]:
