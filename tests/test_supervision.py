@@ -14,16 +14,20 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from probmed.appearances import GaussianMixture
+from probmed.atlases import LabelAtlas
 from probmed.cli import app
 from probmed.field_priors import FlowPrior, SmoothField
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
 from probmed.models.one_shot import TransformedScan
+from probmed.models.segmentation import Segmentation
+from probmed.priors import AffinePrior, DeformableAtlas
 from probmed.segmentation_networks import NETWORKS, VoxelWise
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, write_labels, write_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
-from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, best_temperature, soft_dice, train_segmenter
-from probmed.workflows.training_sets import Augmentation, intensity_regions, labelled, one_shot, random_contrast
+from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, amortise, best_temperature, soft_dice, train_segmenter
+from probmed.workflows.training_sets import Augmentation, drawn_from, intensity_regions, labelled, one_shot, random_contrast
 
 GRID = Grid.from_spacing((24, 20), 2.0)
 
@@ -185,6 +189,21 @@ def test_a_network_that_was_trained_on_random_contrasts_works_on_inverted_scans(
     data = cohort(5, 10)
     inverted = Cohort(1.5 - data.images, data.labels, data.names, data.codes)
     assert trained.validation(data)["dice"] > 0.75 and trained.validation(inverted)["dice"] > 0.75
+
+
+def test_a_generative_model_s_answer_is_amortised() -> None:
+    """An atlas of discs whose place and contrast are uncertain; the network has seen no scan, and takes any contrast."""
+    d, codes = GRID.ndim, 3
+    soft = torch.stack([(disc(seed)[1][None] == torch.arange(codes)[:, None, None]).float() for seed in range(30)]).mean(0)
+    atlas = LabelAtlas(("outside", "ring", "core"), soft, GRID, brain=("ring", "core"))
+    labels = DeformableAtlas(atlas, AffinePrior(d, translation_mm=2.0, rotation=0.05, log_scale=0.05))
+    model = Segmentation(labels, GaussianMixture([1] * codes, location=0.8, certainty=0.05, df=60.0, scale=0.08))
+    images, drawn = drawn_from(model, GRID, 4)()
+    assert images.shape == (4, 1, *GRID.shape) and drawn.shape == (4, *GRID.shape) and set(drawn.unique().tolist()) <= {0, 1, 2}
+    trained = amortise(model, GRID, training=TrainingSettings(150, 5e-3, every=150))
+    data = cohort(4, 50)
+    for image in (data.images, 1.5 - data.images):
+        assert trained.validation(Cohort(image, data.labels, data.names, data.codes))["dice"] > 0.7
 
 
 def test_draws_of_a_one_shot_model_are_examples() -> None:

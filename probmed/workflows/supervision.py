@@ -24,12 +24,13 @@ import probmed
 from probmed.grids import Grid
 from probmed.inference.training import Row, TrainingSettings, train
 from probmed.metrics import dice
+from probmed.models.segmentation import Segmentation
 from probmed.segmentation_networks import NETWORKS
 from probmed.transforms import warp
 from probmed.volumes import UnusableInput, Volume, atomic_write
 from probmed.workflows.amortisation import Cohort, brought
 from probmed.workflows.cohorts import own_world
-from probmed.workflows.training_sets import Examples
+from probmed.workflows.training_sets import Examples, drawn_from
 
 _HOTTEST = 20.0  # temperature
 
@@ -199,6 +200,30 @@ class TrainedSegmenter:
             raise UnusableInput(folder, fault, "give a folder that `probmed train segmentation` has written") from error
         trained.network.eval()
         return trained
+
+
+def amortise(
+    model: Segmentation,
+    grid: Grid,
+    settings: SegmenterSettings | None = None,
+    training: TrainingSettings | None = None,
+    batch: int = 4,
+    *,
+    folder: Path | None = None,
+    tell: Callable[[Row, float], None] = lambda row, share: None,
+) -> TrainedSegmenter:
+    """A network that answers at once what a generative model says of a scan's labels: trained on draws of the model, and on nothing else.
+
+    Arguments:
+        model: with proper priors, of one channel; the first of its labels is taken for the background.
+        grid: of the scans that it is drawn on, centred on the model's world, axes along its own.
+
+    References: Papamakarios & Murray, NeurIPS 2016 (neural posterior estimation).
+    """
+    names = model.labels.names
+    trained = TrainedSegmenter.build(grid, settings or SegmenterSettings(), range(len(names)), dict(enumerate(names)))
+    train_segmenter(trained, drawn_from(model, grid, batch), training or TrainingSettings(), folder=folder, tell=tell)
+    return trained
 
 
 def soft_dice(p: Tensor, labels: Tensor, known: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from probmed.fields import GaussianField, along_axes
 from probmed.grids import Grid, interpolation_matrices
 from probmed.models.one_shot import TransformedScan
+from probmed.models.segmentation import Segmentation
 from probmed.priors import SmoothVelocity
 from probmed.transforms import Velocity, warp
 from probmed.workflows.cohorts import own_world
@@ -97,6 +98,23 @@ def one_shot(models: list[TransformedScan], batch: int, augmentation: Augmentati
         images = torch.stack([node["image"]["value"] for node in nodes])
         labels = torch.stack([node["labels"]["value"].argmax(0) for node in nodes])
         return (images, labels) if augmentation is None else augmentation(images, labels, models[0].grid)
+
+    return draw
+
+
+def drawn_from(model: Segmentation, grid: Grid, batch: int) -> Examples:
+    """Scans and labels of a generative model's own: every latent from its prior, hence any contrast, bias and place that it allows.
+
+    Labels follow the image by their exact conditional, so that both are a draw of the joint. A network that is trained on them answers p(S | I) at
+    once (neural posterior estimation).
+
+    Arguments:
+        grid: of the scans, in the model's world.
+    """
+
+    def draw() -> tuple[Tensor, Tensor]:
+        sites = [poutine.trace(model).get_trace(grid=grid).nodes["image"] for _ in range(batch)]
+        return torch.stack([site["value"] for site in sites]), torch.stack([site["fn"].sample_labels(site["value"])[0] for site in sites])
 
     return draw
 
