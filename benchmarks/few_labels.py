@@ -56,6 +56,20 @@ class Data:
     test: list[Path]
     kept: Path
 
+    @classmethod
+    def of(cls, log: Log, temporary: Path, limit: int | None, seed: int) -> Data:
+        """The split; what is made is kept beside the log's file where there is one."""
+        train, test = scans()
+        if not train:
+            print(f"no scans in {data_folder()}: set PROBMED_DATA")
+            return cls([], [], [], temporary)
+        validation = train[::10]
+        rest = [path for path in train if path not in validation]
+        order = [rest[int(i)] for i in np.random.default_rng(seed).permutation(len(rest))]
+        kept = temporary if log.path is None else log.path.with_suffix(".networks")
+        kept.mkdir(exist_ok=True)
+        return cls(order, validation, test[:limit], kept)
+
     @cached_property
     def cohort(self) -> tuple[Cohort, Grid]:
         """Of all training scans, the labelled one first."""
@@ -123,23 +137,15 @@ METHODS: Mapping[str, Callable[[Data], Examples]] = {
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Train every network, and measure every method on the test scans."""
     torch.set_num_threads(threads)
-    train, test = scans()
-    if not train:
-        print(f"no scans in {data_folder()}: set PROBMED_DATA")
-        return Table("few_labels", [], [], "", {}, seed)
-    validation = train[::10]
-    rest = [path for path in train if path not in validation]
-    order = [rest[int(i)] for i in np.random.default_rng(seed).permutation(len(rest))]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        kept = Path(temporary) if log.path is None else log.path.with_suffix(".networks")
-        kept.mkdir(exist_ok=True)
-        data = Data(order, validation, test[:limit], kept)
+        data = Data.of(log, Path(temporary), limit, seed)
         for name in (REGISTRATION, *METHODS):
             if not only or any(word in name for word in only):
                 rows += measured(log, data, name, seed)
-                print(f"{name:50s} {statistics.fmean(row['dice'] for row in rows if row['method'] == name):.4f}", flush=True)
-    settings = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "unlabelled": UNLABELLED, "threads": threads, "training_scans": len(order)}
+                if data.test:
+                    print(f"{name:50s} {statistics.fmean(row['dice'] for row in rows if row['method'] == name):.4f}", flush=True)
+    settings = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "unlabelled": UNLABELLED, "threads": threads, "scans": len(data.order)}
     return Table("few_labels", rows, summarise(rows), notes(rows), settings, seed)
 
 
@@ -147,7 +153,7 @@ def measured(log: Log, data: Data, name: str, seed: int) -> list[Row]:
     """A row for each test scan."""
     keys = {f"{name}/{path.name[12:15]}": path for path in data.test}
     if any(key not in log.rows for key in keys):
-        answer = _registered(data) if name == REGISTRATION else network(data, name, seed).probabilities
+        answer = registered(data) if name == REGISTRATION else network(data, name, seed).probabilities
         for key, path in keys.items():
             log.row(key, partial(score, name, path, answer))
     return [log.rows[key] for key in keys]
@@ -173,7 +179,7 @@ def network(data: Data, name: str, seed: int) -> TrainedSegmenter:
     return trained
 
 
-def _registered(data: Data) -> Callable[[Volume], Tensor]:
+def registered(data: Data) -> Callable[[Volume], Tensor]:
     scan, _ = data.one
     labels = read_labels(beside(data.order[0]))
 
@@ -186,9 +192,13 @@ def _registered(data: Data) -> Callable[[Volume], Tensor]:
     return answer
 
 
-def score(name: str, path: Path, answer: Callable[[Volume], Tensor]) -> Row:
-    """Dice, 95 % Hausdorff distance and volume error as means over labels; nats and Brier score a voxel; calibration error near the border."""
-    volume, truth = read_scan(path), read_labels(beside(path)).data
+def score(name: str, path: Path, answer: Callable[[Volume], Tensor], volume: Volume | None = None) -> Row:
+    """Dice, 95 % Hausdorff distance and volume error as means over labels; nats and Brier score a voxel; calibration error near the border.
+
+    Arguments:
+        volume: what is answered; the scan itself by default.
+    """
+    volume, truth = volume or read_scan(path), read_labels(beside(path)).data
     start = time.perf_counter()
     p = answer(volume)
     seconds = time.perf_counter() - start
