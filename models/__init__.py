@@ -16,10 +16,11 @@ from probmed.models.longitudinal_field import LongitudinalField
 from probmed.models.one_shot import TransformedScan
 from probmed.models.registration import Registration
 from probmed.models.segmentation import Segmentation
+from probmed.models.shape_vae import ShapeVAE
 from probmed.models.template import Template
 
 # The models; ZOO, Entry and entry describe them.
-__all__ = ["GPPriorVAE", "Longitudinal", "LongitudinalField", "Registration", "Segmentation", "Template", "TransformedScan"]
+__all__ = ["GPPriorVAE", "Longitudinal", "LongitudinalField", "Registration", "Segmentation", "ShapeVAE", "Template", "TransformedScan"]
 
 ZOO: dict[str, type[PyroModule]] = {
     "segmentation": Segmentation,
@@ -29,6 +30,7 @@ ZOO: dict[str, type[PyroModule]] = {
     "growth": LongitudinalField,
     "one-shot": TransformedScan,
     "gp-prior-vae": GPPriorVAE,
+    "shape-vae": ShapeVAE,
 }
 """Name on the command line → model."""
 

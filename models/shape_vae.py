@@ -14,10 +14,11 @@ References: Dalca, Guttag & Sabuncu, CVPR 2018; Kingma & Welling, ICLR 2014; Bur
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import Categorical, Delta, Normal
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch.nn import functional
 
 from probmed.grids import Grid, MaskedGrid, sample
 from probmed.models.segmentation import Segmentation
-from probmed.priors import FLOOR, DeformationPrior, LabelPrior
+from probmed.priors import FLOOR, DeformationPrior, LabelPrior, Motion
 
 
 class ShapeVAE(LabelPrior):
@@ -87,29 +88,30 @@ class ShapeVAE(LabelPrior):
         # Means of probabilities, as of an atlas's: means of their logarithms would not sum to one.
         return sample(log_labels.exp(), self.grid, points, fill="edge").log()
 
+    def motion(self, state: Mapping[str, Tensor], grid: Grid | MaskedGrid) -> Motion | None:
+        """
+        Raises:
+            ValueError: a code changes labels without moving voxels, and Laplace's posterior would leave it to chance.
+        """
+        raise ValueError("a shape code has no motion, and no Laplace posterior: its posterior is that of workflows.shapes.refine")
 
-class LabelMaps(PyroModule):
-    """A label map from a shape prior: S_v ~ Cat(π_v(z)), on the prior's own grid.
+
+def label_maps(shapes: ShapeVAE, labels: Tensor | None = None) -> Tensor:
+    """The program of label maps alone, S_v ~ Cat(π_v(z)), on the prior's own grid; in a plate, of a batch.
 
     Sites: ``shape_code`` and ``labels``, ``(*shape)`` int64, observed where given.
 
-    Arguments:
-        shapes: the prior, without deformation.
+    Raises:
+        ValueError: for a prior with a deformation, or label maps that are not the prior's.
     """
-
-    def __init__(self, shapes: ShapeVAE) -> None:
-        super().__init__()
-        if shapes.deformation is not None:
-            raise ValueError("expected a shape prior without deformation, whose label maps lie on its own grid")
-        self.shapes = shapes
-
-    def forward(self, labels: Tensor | None = None) -> Tensor:
-        if labels is not None:
-            check_labels(labels, self.shapes)
-        grid = self.shapes.grid
-        log_labels = self.shapes(grid).movedim(-grid.ndim - 1, -1)
-        drawn: Tensor = pyro.sample("labels", Categorical(logits=log_labels).to_event(grid.ndim), obs=labels)
-        return drawn
+    if shapes.deformation is not None:
+        raise ValueError("expected a shape prior without deformation, whose label maps lie on its own grid")
+    if labels is not None:
+        check_labels(labels, shapes.grid, len(shapes.names))
+    d = shapes.grid.ndim
+    log_labels = shapes(shapes.grid).movedim(-d - 1, -1)
+    drawn: Tensor = pyro.sample("labels", Categorical(logits=log_labels).to_event(d), obs=labels)
+    return drawn
 
 
 class ShapeGuide(PyroModule):
@@ -158,44 +160,45 @@ class ImageShapeGuide(PyroModule):
         # In a tuple, so that the model's parameters are not the guide's.
         self.model, self.guide, self.rounds, self.updates = (model,), guide, rounds, updates
 
-    @torch.no_grad()
     def start(self, image: Tensor, grid: Grid) -> dict[str, Tensor]:
         """Every latent, with the mean shape."""
-        (model,) = self.model
-        state = model.start(image, grid)
-        for _ in range(self.rounds):
-            state = model.em_step(state, image, grid)
+        with poutine.block():
+            state = self.model[0].start(image, grid)
+        return self._updated(state, image, grid, self.rounds)
+
+    @torch.no_grad()
+    @poutine.block()
+    def _updated(self, state: dict[str, Tensor], image: Tensor, grid: Grid, rounds: int) -> dict[str, Tensor]:
+        # Blocked: the model's sites, when it runs in here, are none of the guide's.
+        for _ in range(rounds):
+            state = self.model[0].em_step(state, image, grid)
         return state
 
     def distribution(self, state: dict[str, Tensor], image: Tensor, grid: Grid) -> Normal:
         """q(z | I), ``(L,)``, from ``start``'s latents."""
-        (model,) = self.model
-        posterior, own = model.label_posterior(state, image, grid), self.guide.grid
+        with poutine.block():
+            posterior, own = self.model[0].label_posterior(state, image, grid), self.guide.grid
         if grid != own:
             posterior = sample(posterior, grid, own.coordinates(posterior.dtype, posterior.device), fill="edge")
         return self.guide.distribution(posterior)
 
     def forward(self, image: Tensor, grid: Grid) -> dict[str, Tensor]:
-        (model,) = self.model
         state = self.start(image, grid)
         code = pyro.sample("shape_code", self.distribution(state, image, grid).to_event(1))
-        with torch.no_grad():
-            state = state | {"shape_code": code.detach()}
-            for _ in range(self.updates):
-                state = model.em_step(state, image, grid)
-        anatomy = [name for name in state if name not in (*model.closed_form_sites, "shape_code")]
+        state = self._updated(state | {"shape_code": code.detach()}, image, grid, self.updates)
+        anatomy = [name for name in state if name not in (*self.model[0].closed_form_sites, "shape_code")]
         appearance = [name for name in ("bias", "weights", "covariances", "means") if name in state]
         for name in (*anatomy, *appearance):
             state[name] = pyro.sample(name, Delta(state[name], event_dim=state[name].ndim))
         return state | {"shape_code": code}
 
 
-def check_labels(labels: Tensor, shapes: ShapeVAE) -> None:
+def check_labels(labels: Tensor, grid: Grid, classes: int) -> None:
     """
     Raises:
-        ValueError: for label maps of another shape, or numbers that are no label of the prior.
+        ValueError: for label maps of another shape than the grid's, or other labels than 0 to ``classes`` − 1.
     """
-    shape, classes = shapes.grid.shape, len(shapes.names)
+    shape = grid.shape
     if labels.is_floating_point() or tuple(labels.shape[-len(shape) :]) != shape or labels.ndim > len(shape) + 1:
         raise ValueError(f"expected integer label maps of shape {shape} or (B, *{shape}), got {labels.dtype} {tuple(labels.shape)}")
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
@@ -216,7 +219,7 @@ def standard_divergence(q: Normal) -> Tensor:
 
 def evidence_bound(shapes: ShapeVAE, guide: ShapeGuide, labels: Tensor, weight: float = 1.0) -> Tensor:
     """The ELBO of label maps ``(B, *shape)`` from one draw of z each, ``(B,)``, nats; its KL divergence, in closed form, counts ``weight`` times."""
-    check_labels(labels, shapes)
+    check_labels(labels, shapes.grid, len(shapes.names))
     q = guide.of_labels(labels)
     return log_likelihood(shapes, labels, q.rsample()) - weight * standard_divergence(q)
 
@@ -230,7 +233,7 @@ def log_evidence(shapes: ShapeVAE, guide: ShapeGuide, labels: Tensor, draws: int
 
     References: Burda et al., ICLR 2016.
     """
-    check_labels(labels, shapes)
+    check_labels(labels, shapes.grid, len(shapes.names))
     q, prior = guide.of_labels(labels), Normal(0.0, 1.0)
     logs = []
     for first in range(0, draws, at_once):

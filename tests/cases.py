@@ -33,6 +33,7 @@ from probmed.models.longitudinal_field import LongitudinalField
 from probmed.models.one_shot import TransformedScan
 from probmed.models.registration import Registration, RegistrationGuide
 from probmed.models.segmentation import Segmentation
+from probmed.models.shape_vae import ImageShapeGuide, ShapeGuide, ShapeVAE
 from probmed.models.template import Template
 from probmed.networks import VelocityNetwork
 from probmed.priors import (
@@ -45,6 +46,7 @@ from probmed.priors import (
     MarkovField,
     SmoothVelocity,
 )
+from probmed.shape_networks import ShapeDecoder, ShapeEncoder
 from probmed.similarities import (
     ConditionalMixture,
     GaussianNoise,
@@ -104,6 +106,20 @@ def smooth_field(channels: int = 1, site: str = "field") -> SmoothField:
 def transformed_scan(appearance: Callable[[], FieldPrior] | None) -> TransformedScan:
     shares = tiny_atlas().on(oblique_grid()).probabilities
     return TransformedScan(shares[:1], shares, oblique_grid(), principal_velocity(), None if appearance is None else appearance())
+
+
+def tiny_shapes() -> ShapeVAE:
+    atlas = tiny_atlas()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        decoder = ShapeDecoder(2, len(atlas.names), atlas.grid.shape, 2)
+    return ShapeVAE(atlas.names, atlas.grid, decoder, 2, atlas.probabilities.to(torch.get_default_dtype()).log())
+
+
+def image_shape_guide(model: PyroModule) -> PyroModule:
+    assert isinstance(model, Segmentation) and isinstance(model.labels, ShapeVAE)
+    shapes = model.labels
+    return ImageShapeGuide(model, ShapeGuide(shapes, ShapeEncoder(2, len(shapes.names), shapes.grid.shape, 2)))
 
 
 def similarity_prior(translation_mm: float = 20.0) -> AffinePrior:
@@ -167,6 +183,7 @@ LABEL_PRIORS: dict[str, tuple[Callable[[], LabelPrior], frozenset[str]]] = {
         frozenset(),
     ),
     "affine": (lambda: DeformableAtlas(tiny_atlas()), frozenset({"affine"})),
+    "shape": (tiny_shapes, frozenset({"shape_code"})),
     "velocity": (
         lambda: DeformableAtlas(tiny_atlas(), None, SmoothVelocity(velocity_grid())),
         frozenset({"velocity"}),
@@ -377,6 +394,7 @@ def _models() -> dict[str, Case]:
         tiny_autoencoder, scanned_people, frozenset({"weights", "codes"}), "images", guide=code_guide
     )
     for label, (prior, sites) in LABEL_PRIORS.items():
+        guide = image_shape_guide if label == "shape" else None
         for look, (appearance, channels) in APPEARANCES.items():
             for biased in (False, True):
 
@@ -392,7 +410,7 @@ def _models() -> dict[str, Case]:
 
                 name = f"Segmentation_{label}_{look}{'_bias' * biased}"
                 latents = sites | APPEARANCE_SITES | ({"bias"} if biased else set())
-                cases[name] = Case(build, lambda _: (None, oblique_grid()), latents, "image")
+                cases[name] = Case(build, lambda _: (None, oblique_grid()), latents, "image", guide=guide)
     return cases
 
 
