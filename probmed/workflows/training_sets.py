@@ -1,6 +1,7 @@
 """What segmentation networks are trained on: labelled scans with augmentation, draws of a one-shot model, scans of contrasts that nobody has seen.
 
-Each is a function that draws a batch: images ``(B, 1, *shape)`` on one grid, and labels as indices, ``(B, *shape)``, −1 where they are not known.
+Each is a function that draws a batch: images ``(B, 1, *shape)`` on one grid, and labels as indices, ``(B, *shape)``, −1 where they are not known,
+0 where nothing is seen.
 Draws are of PyTorch's global generator, which the training seeds for each step.
 """
 
@@ -51,7 +52,7 @@ class Augmentation:
         """
         transform = self.transform(len(images), grid, images.device)
         moved = warp(images, grid, transform, grid, fill=math.nan)
-        carried = warp(labels[:, None], grid, transform, grid, "nearest", fill=-1)[:, 0]
+        carried = warp(labels[:, None], grid, transform, grid, "nearest")[:, 0]
         return self.appearance(moved, grid), carried
 
     def transform(self, count: int, grid: Grid, device: torch.device | None = None) -> Velocity:
@@ -120,12 +121,12 @@ def drawn_from(model: Segmentation, grid: Grid, batch: int) -> Examples:
 
 
 def on_grid(examples: Examples, source: Grid, grid: Grid) -> Examples:
-    """Examples of a scan's own voxels on a network's grid; beyond the scan nothing is known."""
+    """Examples of a scan's own voxels on a network's grid; beyond the scan nothing is seen, and labels are the background."""
     there = own_world(source)
 
     def draw() -> tuple[Tensor, Tensor]:
         images, labels = examples()
-        return warp(images, source, there, grid, fill=math.nan), warp(labels[:, None], source, there, grid, "nearest", fill=-1)[:, 0]
+        return warp(images, source, there, grid, fill=math.nan), warp(labels[:, None], source, there, grid, "nearest")[:, 0]
 
     return draw
 
@@ -150,7 +151,7 @@ def random_contrast(regions: Tensor, labels: Tensor, grid: Grid, batch: int, aug
         blur = GaussianField.from_sd(grid.shape, grid.spacing, 1.0, 0.3 * min(grid.spacing) * (1 + float(torch.rand(()))), 3.0)
         smooth = blur.covariance_matvec(image)
         moved = warp(smooth * (image.mean() / smooth.mean()), grid, transform, grid, fill=math.nan)
-        carried = warp(labels[chosen][:, None], grid, transform, grid, "nearest", fill=-1)[:, 0]
+        carried = warp(labels[chosen][:, None], grid, transform, grid, "nearest")[:, 0]
         return shape.appearance(moved, grid), carried
 
     return draw
