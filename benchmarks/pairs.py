@@ -56,7 +56,7 @@ FEW = {
     ("ibsr18", "ANTs SyN"): 32,
     ("oasis_trt_slices", "SimpleITK B-spline"): 30,
     ("ibsr18", "ANTs SyNCC"): 0,
-    ("ibsr18", "SimpleITK B-spline"): 4,
+    ("ibsr18", "SimpleITK B-spline"): 0,
     ("ibsr18", "SimpleITK demons"): 8,
     ("ibsr18", "probmed, 20 draws"): 8,
 }
