@@ -6,6 +6,7 @@ seeded permutation, the first ones are labelled; all test scans report.
 
 from __future__ import annotations
 
+import re
 import statistics
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.pairs import beside, scans
@@ -25,6 +27,8 @@ from benchmarks.tissue import data_folder
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import boundary_band, brier_score, calibration_error, dice, negative_log_likelihood, paired_bootstrap, surface_distances
+from probmed.report.palette import ACCENT, distinct
+from probmed.report.panels import bare_axes, blank_figure, png
 from probmed.volumes import Volume, read_labels, read_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.growth import Registered, Registrations
@@ -41,6 +45,7 @@ BAND_MM = 3.0  # about the true border, where calibration is judged
 LABELS = (1, 2)
 REGISTRATION = "registration, 20 draws"
 FULL = "U-Net, all labels"
+FIGURE = Path(__file__).resolve().parent / "results" / "few_labels.png"
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,8 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                 if data.test:
                     print(f"{name:50s} {statistics.fmean(row['dice'] for row in rows if row['method'] == name):.4f}", flush=True)
     settings = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "unlabelled": UNLABELLED, "threads": threads, "scans": len(data.order)}
+    if rows and limit is None and not only:
+        FIGURE.write_bytes(png(figure(rows, len(data.order))))
     return Table("few_labels", rows, summarise(rows), notes(rows), settings, seed)
 
 
@@ -250,3 +257,40 @@ def notes(rows: Sequence[Row]) -> str:
         low, high, reached = (statistics.fmean(of[name].values()) for name in (REGISTRATION, FULL, best))
         text += f" Of the way from registration to all labels, learned transforms with augmentation go {100 * (reached - low) / (high - low):.0f} %."
     return text
+
+
+def figure(rows: Sequence[Row], everything: int) -> Figure:
+    """Dice of the U-Net against the number of labelled scans, and of the methods of one label, with 95 % bootstrap bands over test scans.
+
+    Arguments:
+        everything: number of scans where all are labelled.
+    """
+    drawn = blank_figure(6.4, 4.2)
+    axis = drawn.add_axes((0.11, 0.13, 0.5, 0.82))
+    of = {name: torch.tensor([row["dice"] for row in rows if row["method"] == name]) for name in dict.fromkeys(row["method"] for row in rows)}
+    bands = {name: _band(values) for name, values in of.items()}
+    counts = {name: int(found.group(1)) for name in of if (found := re.match(r"U-Net, (\d+) label", name))}
+    counts |= {FULL: everything} if FULL in of else {}
+    order = sorted(counts, key=lambda name: counts[name])
+    x = [counts[name] for name in order]
+    axis.fill_between(x, [bands[n][0] for n in order], [bands[n][2] for n in order], color=ACCENT, alpha=0.2, lw=0)
+    axis.plot(x, [bands[n][1] for n in order], "o-", color=ACCENT, label="U-Net, with augmentation")
+    for name, colour in zip((n for n in of if n not in counts), distinct(len(of)), strict=False):
+        low, middle, high = bands[name]
+        axis.axhspan(low, high, color=colour, alpha=0.12, lw=0)
+        axis.axhline(middle, color=colour, lw=1.3, label=name)
+    axis.set_xscale("log")
+    axis.set_xticks(x, [str(count) for count in x])
+    axis.minorticks_off()
+    axis.set_xlabel("labelled training scans")
+    axis.set_ylabel("Dice on test scans")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=7.5)
+    bare_axes(axis)
+    return drawn
+
+
+def _band(values: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
+    """2.5 % quantile, mean, and 97.5 % quantile of the mean over resampled scans."""
+    generator = torch.Generator().manual_seed(0)
+    means = values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(1)
+    return float(means.quantile(0.025)), float(values.mean()), float(means.quantile(0.975))
