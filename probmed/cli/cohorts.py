@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from probmed.atlases import default_atlas
 from probmed.volumes import UnusableInput, read_scan
@@ -16,6 +19,22 @@ class TimeUnit(str, Enum):
 
     years = "years"
     days = "days"
+
+
+AtlasImageOption = Annotated[Path | None, typer.Option(help="Image to which scans are brought; MNI152 by default.", show_default=False)]
+AtlasLabelsOption = Annotated[Path | None, typer.Option(help="Its label map, on the same voxels; names in a .tsv beside it.", show_default=False)]
+SpacingOption = Annotated[
+    float | None, typer.Option(min=0.01, help="Of the fields of change, mm; 3 by default, less for a small atlas.", show_default=False)
+]
+GenotypesOption = Annotated[Path | None, typer.Option(help="PLINK .bed file of the same people, with .bim and .fam beside it.", show_default=False)]
+FrequencyOption = Annotated[float, typer.Option(min=0, max=0.5, help="Of the rarer allele of SNPs that are used.")]
+MeanOption = Annotated[str, typer.Option(metavar="NAMES", help="Columns, with commas, whose effect on the rate is linear.", show_default=False)]
+ClinicalOption = Annotated[str, typer.Option(metavar="NAMES", help="Columns of the clinical kernel.", show_default=False)]
+PhenotypeOption = Annotated[str, typer.Option(metavar="NAMES", help="Columns of the phenotype kernel.", show_default=False)]
+CategoricalOption = Annotated[str, typer.Option(metavar="NAMES", help="Which of these columns hold levels, not numbers.", show_default=False)]
+SubjectOption = Annotated[str, typer.Option(help="Column with the person.")]
+TimeOption = Annotated[str, typer.Option(help="Column with the time of the visit.")]
+TimeUnitOption = Annotated[TimeUnit, typer.Option(help="Its unit.")]
 
 
 def names_in(text: str) -> tuple[str, ...]:

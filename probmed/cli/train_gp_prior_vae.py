@@ -9,7 +9,23 @@ from typing import Annotated
 import typer
 
 from probmed.cli import progress
-from probmed.cli.cohorts import TimeUnit, names_in, read_atlas
+from probmed.cli.cohorts import (
+    AtlasImageOption,
+    AtlasLabelsOption,
+    CategoricalOption,
+    ClinicalOption,
+    FrequencyOption,
+    GenotypesOption,
+    MeanOption,
+    PhenotypeOption,
+    SpacingOption,
+    SubjectOption,
+    TimeOption,
+    TimeUnit,
+    TimeUnitOption,
+    names_in,
+    read_atlas,
+)
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
 from probmed.report import codes_page
 from probmed.tables import Genotypes
@@ -28,27 +44,21 @@ def gp_prior_vae(
     data: Annotated[Path, typer.Option(help="Table (TSV or CSV), a row a visit: subject, time, scan, covariates.", show_default=False)],
     scans: Annotated[str, typer.Option(metavar="NAME", help="Column of scans (paths).", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; made if missing.", show_default=False)],
-    atlas_image: Annotated[Path | None, typer.Option(help="Image to which scans are brought; MNI152 by default.", show_default=False)] = None,
-    atlas_labels: Annotated[
-        Path | None, typer.Option(help="Its label map, on the same voxels; names in a .tsv beside it.", show_default=False)
-    ] = None,
-    genotypes: Annotated[
-        Path | None, typer.Option(help="PLINK .bed file of the same people, with .bim and .fam beside it.", show_default=False)
-    ] = None,
-    min_frequency: Annotated[float, typer.Option(min=0, max=0.5, help="Of the rarer allele of SNPs that are used.")] = 0.01,
-    mean: Annotated[str, typer.Option(metavar="NAMES", help="Columns, with commas, whose effect on the rate is linear.", show_default=False)] = "",
-    clinical: Annotated[str, typer.Option(metavar="NAMES", help="Columns of the clinical kernel.", show_default=False)] = "",
-    phenotype: Annotated[str, typer.Option(metavar="NAMES", help="Columns of the phenotype kernel.", show_default=False)] = "",
-    categorical: Annotated[str, typer.Option(metavar="NAMES", help="Which of these columns hold levels, not numbers.", show_default=False)] = "",
+    atlas_image: AtlasImageOption = None,
+    atlas_labels: AtlasLabelsOption = None,
+    genotypes: GenotypesOption = None,
+    min_frequency: FrequencyOption = 0.01,
+    mean: MeanOption = "",
+    clinical: ClinicalOption = "",
+    phenotype: PhenotypeOption = "",
+    categorical: CategoricalOption = "",
     codes: Annotated[int, typer.Option(min=1, help="Numbers by which a change of shape is coded.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Of the training, each on all visits.")] = 1500,
     learning_rate: Annotated[float, typer.Option(min=1e-6, help="At first; it falls to zero.")] = 5e-3,
-    spacing: Annotated[
-        float | None, typer.Option(min=0.01, help="Of the fields of change, mm; 3 by default, less for a small atlas.", show_default=False)
-    ] = None,
-    subject: Annotated[str, typer.Option(help="Column with the person.")] = "subject",
-    time: Annotated[str, typer.Option(help="Column with the time of the visit.")] = "time",
-    time_unit: Annotated[TimeUnit, typer.Option(help="Its unit.")] = TimeUnit.years,
+    spacing: SpacingOption = None,
+    subject: SubjectOption = "subject",
+    time: TimeOption = "time",
+    time_unit: TimeUnitOption = TimeUnit.years,
     device: DeviceOption = Device.auto,
     seed: SeedOption = 0,
     quiet: QuietOption = False,

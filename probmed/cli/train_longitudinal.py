@@ -9,7 +9,23 @@ from typing import Annotated
 import typer
 
 from probmed.cli import progress
-from probmed.cli.cohorts import TimeUnit, names_in, read_atlas
+from probmed.cli.cohorts import (
+    AtlasImageOption,
+    AtlasLabelsOption,
+    CategoricalOption,
+    ClinicalOption,
+    FrequencyOption,
+    GenotypesOption,
+    MeanOption,
+    PhenotypeOption,
+    SpacingOption,
+    SubjectOption,
+    TimeOption,
+    TimeUnit,
+    TimeUnitOption,
+    names_in,
+    read_atlas,
+)
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
 from probmed.report import growth_page, rates_page
 from probmed.tables import Genotypes
@@ -44,30 +60,24 @@ def longitudinal(
     scans: Annotated[
         str | None, typer.Option(metavar="NAME", help="Column of scans (paths) whose deformation is explained, in its place.", show_default=False)
     ] = None,
-    atlas_image: Annotated[Path | None, typer.Option(help="Image to which scans are brought; MNI152 by default.", show_default=False)] = None,
-    atlas_labels: Annotated[
-        Path | None, typer.Option(help="Its label map, on the same voxels; names in a .tsv beside it.", show_default=False)
-    ] = None,
+    atlas_image: AtlasImageOption = None,
+    atlas_labels: AtlasLabelsOption = None,
     basis: Annotated[Basis, typer.Option(help="Fields of which rates of deformation consist.")] = Basis.principal,
-    spacing: Annotated[
-        float | None, typer.Option(min=0.01, help="Of these fields, mm; 3 by default, less for a small atlas.", show_default=False)
-    ] = None,
+    spacing: SpacingOption = None,
     separate: Annotated[
         bool, typer.Option("--separate/--common", help="Of scans: variance components for each coefficient of a field, or shares in common.")
     ] = True,
-    genotypes: Annotated[
-        Path | None, typer.Option(help="PLINK .bed file of the same people, with .bim and .fam beside it.", show_default=False)
-    ] = None,
-    min_frequency: Annotated[float, typer.Option(min=0, max=0.5, help="Of the rarer allele of SNPs that are used.")] = 0.01,
-    mean: Annotated[str, typer.Option(metavar="NAMES", help="Columns, with commas, whose effect on the rate is linear.", show_default=False)] = "",
-    clinical: Annotated[str, typer.Option(metavar="NAMES", help="Columns of the clinical kernel.", show_default=False)] = "",
-    phenotype: Annotated[str, typer.Option(metavar="NAMES", help="Columns of the phenotype kernel.", show_default=False)] = "",
-    categorical: Annotated[str, typer.Option(metavar="NAMES", help="Which of these columns hold levels, not numbers.", show_default=False)] = "",
+    genotypes: GenotypesOption = None,
+    min_frequency: FrequencyOption = 0.01,
+    mean: MeanOption = "",
+    clinical: ClinicalOption = "",
+    phenotype: PhenotypeOption = "",
+    categorical: CategoricalOption = "",
     own: Annotated[bool, typer.Option(help="Rates of people's own, that nothing explains.")] = True,
     baseline: Annotated[Baseline, typer.Option(help="The baseline's error: the same as later visits', none, or estimated.")] = Baseline.same,
-    subject: Annotated[str, typer.Option(help="Column with the person.")] = "subject",
-    time: Annotated[str, typer.Option(help="Column with the time of the visit.")] = "time",
-    time_unit: Annotated[TimeUnit, typer.Option(help="Its unit.")] = TimeUnit.years,
+    subject: SubjectOption = "subject",
+    time: TimeOption = "time",
+    time_unit: TimeUnitOption = TimeUnit.years,
     device: DeviceOption = Device.auto,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
