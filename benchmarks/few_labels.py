@@ -265,8 +265,8 @@ def figure(rows: Sequence[Row], everything: int) -> Figure:
     Arguments:
         everything: number of scans where all are labelled.
     """
-    drawn = blank_figure(6.4, 4.2)
-    axis = drawn.add_axes((0.11, 0.13, 0.5, 0.82))
+    drawn = blank_figure(8.4, 4.2)
+    axis = drawn.add_axes((0.08, 0.13, 0.5, 0.82))
     of = {name: torch.tensor([row["dice"] for row in rows if row["method"] == name]) for name in dict.fromkeys(row["method"] for row in rows)}
     bands = {name: _band(values) for name, values in of.items()}
     counts = {name: int(found.group(1)) for name in of if (found := re.match(r"U-Net, (\d+) label", name))}
