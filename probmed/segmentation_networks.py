@@ -1,6 +1,7 @@
 """Networks from an image to logits of labels, ``(B, C, *shape)`` → ``(B, K, *shape)``, of any shape. Bodies are MONAI's where it has them.
 
-References: Ronneberger et al., MICCAI 2015 (U-Net); Kamnitsas et al., MedIA 2017 (DeepMedic); Simonyan & Zisserman, ICLR 2015 (VGG).
+References: Ronneberger et al., MICCAI 2015 (U-Net); Kamnitsas et al., MedIA 2017 (DeepMedic); Simonyan & Zisserman, ICLR 2015 (VGG);
+Kohl et al., NeurIPS 2018 (probabilistic U-Net); Moeskops et al., DLMIA 2017 (adversary).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from monai.networks.nets.basic_unet import BasicUNet
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn import functional
 
 _HALVINGS = 4  # of the U-Net
+_LOG_VARIANCE = (-10.0, 5.0)  # of the probabilistic U-Net's latents, at least and at most
 
 
 def convolution(ndim: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
@@ -146,6 +149,87 @@ class VoxelWise(nn.Module):
         return out
 
 
+class Encoder(nn.Module):
+    """What a whole image comes to: halvings by strides, the mean over the voxels that are left, and numbers ``(B, outputs)``.
+
+    Also the adversary of a segmenter, of label maps and with one output.
+    """
+
+    def __init__(self, ndim: int, channels: int, outputs: int, features: Sequence[int] = (16, 32, 64, 64)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = channels
+        # Without normalisation, which would leave little of an image in the mean over its voxels.
+        for wider in features:
+            layers += [convolution(ndim)(width, wider, 3, stride=2, padding=1), nn.LeakyReLU(0.1)]
+            layers += [convolution(ndim)(wider, wider, 3, padding=1), nn.LeakyReLU(0.1)]
+            width = wider
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, outputs)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(images).flatten(2).mean(-1))
+        return out
+
+
+class ProbabilisticUNet(nn.Module):
+    """A U-Net with a normal latent for the whole image, that its last layers see beside the features: one draw of it, one label map.
+
+    ``forward`` gives the logits at the mean of the latent given the image, p(z | I); ``draw`` those at a draw of it; ``fitted`` what training needs.
+
+    Arguments:
+        latent: dimensions. warm_up: steps of training over which the weight of the divergence rises from 0 to 1.
+    """
+
+    warmed: Tensor
+
+    def __init__(self, ndim: int, channels: int, classes: int, latent: int = 6, warm_up: int = 200, dropout: float = 0.0) -> None:
+        super().__init__()
+        width = 16
+        self.body = UNet(ndim, channels, width, dropout=dropout)
+        self.prior = Encoder(ndim, channels, 2 * latent)
+        self.posterior = Encoder(ndim, channels + classes, 2 * latent)
+        layer = convolution(ndim)
+        # Without normalisation, which would take away what is the same at all voxels: the latent.
+        self.head = nn.Sequential(
+            nn.LeakyReLU(0.1), layer(width + latent, width, 1), nn.LeakyReLU(0.1), layer(width, width, 1), nn.LeakyReLU(0.1), layer(width, classes, 1)
+        )
+        self.warm_up = warm_up
+        self.register_buffer("warmed", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._at(images, normal(self.prior(images)).mean)
+
+    def draw(self, images: Tensor) -> Tensor:
+        """Logits at a latent that is drawn from p(z | I)."""
+        return self._at(images, normal(self.prior(images)).sample())
+
+    def fitted(self, images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits at a draw of q(z | I, S), and KL(q ‖ p(z | I)) in nats, ``(B,)``.
+
+        Arguments:
+            truth: ``(B, K, *shape)``, one at each voxel's label and zero where it is not known.
+        """
+        q = normal(self.posterior(torch.cat([images, truth], 1)))
+        return self._at(images, q.rsample()), kl_divergence(q, normal(self.prior(images)))
+
+    def divergence_weight(self) -> float:
+        """Of this step of the training; the count is a buffer, so that a training that goes on is where it was."""
+        self.warmed += 1
+        return min(1.0, int(self.warmed) / max(1, self.warm_up))
+
+    def _at(self, images: Tensor, latents: Tensor) -> Tensor:
+        seen = self.body(images)
+        everywhere = latents.reshape(*latents.shape, *[1] * (images.ndim - 2)).expand(-1, -1, *images.shape[2:])
+        out: Tensor = self.head(torch.cat([seen, everywhere], 1))
+        return out
+
+
+def normal(numbers: Tensor) -> Independent:
+    """Of means and log variances, ``(B, 2 n)``, the latter clamped."""
+    mean, log_variance = numbers.chunk(2, 1)
+    return Independent(Normal(mean, (0.5 * log_variance.clamp(*_LOG_VARIANCE)).exp()), 1)
+
+
 def cropped(images: Tensor, size: Sequence[int]) -> Tensor:
     """The first voxels along each axis."""
     for axis, length in enumerate(size, images.ndim - len(size)):
@@ -164,5 +248,11 @@ def block(ndim: int, inputs: int, outputs: int, side: int = 3, dropout: float = 
     return [*layers, nn.Dropout(dropout)] if dropout else layers
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "fcn": FCN, "deepmedic": DeepMedic, "voxelwise": VoxelWise}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "unet": UNet,
+    "fcn": FCN,
+    "deepmedic": DeepMedic,
+    "voxelwise": VoxelWise,
+    "probabilistic-unet": ProbabilisticUNet,
+}
 """Name → network of (ndim, channels, classes, dropout=...)."""

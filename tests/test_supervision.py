@@ -23,10 +23,19 @@ from probmed.inference.training import TrainingSettings
 from probmed.models.one_shot import TransformedScan
 from probmed.models.segmentation import Segmentation
 from probmed.priors import AffinePrior, DeformableAtlas
-from probmed.segmentation_networks import NETWORKS, VoxelWise
+from probmed.segmentation_networks import NETWORKS, Encoder, ProbabilisticUNet, VoxelWise, normal
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, write_labels, write_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
-from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, amortise, best_temperature, soft_dice, train_segmenter
+from probmed.workflows.supervision import (
+    SegmenterSettings,
+    TrainedSegmenter,
+    adversarial,
+    amortise,
+    best_temperature,
+    one_hot,
+    soft_dice,
+    train_segmenter,
+)
 from probmed.workflows.training_sets import Augmentation, drawn_from, intensity_regions, labelled, one_shot, random_contrast
 
 GRID = Grid.from_spacing((24, 20), 2.0)
@@ -75,7 +84,9 @@ def test_a_voxel_sees_as_many_voxels_as_it_should(name: str, side: int) -> None:
     assert int(seen.max() - seen.min()) + 1 == side
 
 
-@pytest.mark.parametrize(("name", "count"), [("unet", 1438819), ("fcn", 111531), ("deepmedic", 229467), ("voxelwise", 104467)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("unet", 1438819), ("fcn", 111531), ("deepmedic", 229467), ("voxelwise", 104467), ("probabilistic-unet", 2315067)]
+)
 def test_numbers_of_parameters(name: str, count: int) -> None:
     """Of three labels in 3D."""
     assert sum(p.numel() for p in NETWORKS[name](3, 1, 3).parameters()) == count
@@ -99,27 +110,31 @@ def test_two_scans_can_be_learned_by_heart(name: str) -> None:
     assert log[-1]["dice"] > 0.97
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings", [SegmenterSettings("fcn", dropout=0.2), SegmenterSettings("fcn", adversary=0.1), SegmenterSettings("probabilistic-unet")]
+)
+def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(settings: SegmenterSettings, tmp_path: Path) -> None:
     data = cohort(3)
 
     def run(folder: Path, stop: int | None = None) -> TrainedSegmenter:
         folder.mkdir(exist_ok=True)
-        trained = TrainedSegmenter.build(GRID, SegmenterSettings("fcn", dropout=0.2), data.codes)
-        settings = TrainingSettings(6, 1e-2, every=2)
+        trained = TrainedSegmenter.build(GRID, settings, data.codes)
+        training = TrainingSettings(6, 1e-2, every=2)
 
         def tell(row: Any, share: float) -> None:
             if row["step"] == stop:
                 raise KeyboardInterrupt
 
-        train_segmenter(trained, labelled(data.images, data.labels, GRID, 2, Augmentation()), settings, folder=folder, tell=tell)
+        train_segmenter(trained, labelled(data.images, data.labels, GRID, 2, Augmentation()), training, folder=folder, tell=tell)
         return trained
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", 4)
     again = run(tmp_path / "cut")
-    for a, b in zip(whole.network.parameters(), again.network.parameters(), strict=True):
-        assert torch.equal(a, b)
+    for name, module in whole.modules.items():
+        there = again.modules[name].state_dict()
+        assert all(torch.equal(a, there[key]) for key, a in module.state_dict().items())
 
 
 def test_soft_dice_of_labels_themselves_is_dice() -> None:
@@ -215,6 +230,99 @@ def test_draws_of_a_one_shot_model_are_examples() -> None:
     images, drawn = one_shot([model], 3)()
     assert images.shape == (3, 1, *GRID.shape) and drawn.shape == (3, *GRID.shape)
     assert 0.0 < float((drawn != labels).float().mean()) < 0.2
+
+
+def test_divergences_are_those_of_normal_distributions() -> None:
+    """KL(q ‖ p) of independent normals in nats, written out; log variances outside the bounds count as the bounds."""
+    torch.manual_seed(0)
+    q, p = torch.randn(2, 4, 6, dtype=torch.float64)
+    q[0, 3], p[1, 4] = 9.0, -40.0
+    (m, v), (n, w) = ((each[:, :3], each[:, 3:].clamp(-10, 5)) for each in (q, p))
+    expected = 0.5 * (w - v + ((v - w).exp() + (m - n).square() / w.exp()) - 1).sum(1)
+    torch.testing.assert_close(torch.distributions.kl_divergence(normal(q), normal(p)), expected)
+
+
+def test_the_divergence_enters_by_and_by() -> None:
+    network = ProbabilisticUNet(2, 1, 3, warm_up=4)
+    assert [network.divergence_weight() for _ in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    images, truth = torch.randn(2, 1, 20, 18), one_hot(torch.randint(3, (2, 20, 18)), 3)
+    logits, divergence = network.fitted(images, truth)
+    assert logits.shape == (2, 3, 20, 18) and divergence.shape == (2,) and bool((divergence > 0).all())
+    for part in (network.prior, network.posterior):
+        assert any(float(g.abs().max()) > 0 for g in torch.autograd.grad(divergence.sum(), list(part.parameters()), retain_graph=True))
+
+
+def test_a_probabilistic_unet_s_loss_is_a_bound_of_the_evidence() -> None:
+    """A voxel's share of −log p(S | z, I) + KL: without overlap, what the loss adds to the cross-entropy is KL over the voxels that are known."""
+    data = cohort(2)
+    labels = data.labels.clone()
+    labels[:, :5] = -1
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings("probabilistic-unet", overlap=0.0), data.codes)
+    assert isinstance(trained.network, ProbabilisticUNet)
+    trained.network.warm_up = 1
+    torch.manual_seed(0)
+    value = trained.loss((data.images, labels))
+    torch.manual_seed(0)
+    image = (data.images - data.images.mean((1, 2, 3), keepdim=True)) / data.images.std((1, 2, 3), correction=0, keepdim=True)
+    logits, divergence = trained.network.fitted(image, one_hot(labels, 3))
+    nats = functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") + divergence.sum()
+    torch.testing.assert_close(value, nats / (labels >= 0).sum())
+
+
+@pytest.mark.slow
+def test_a_probabilistic_unet_draws_both_answers_where_raters_differ() -> None:
+    """Half the raters see a disc and half see none of it: draws are one or the other, all of a piece, about as often."""
+    image, labels = disc(0)
+    both = torch.stack([labels, torch.zeros_like(labels)])
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings("probabilistic-unet", overlap=0.0), (0, 1, 2))
+    assert isinstance(trained.network, ProbabilisticUNet)
+    trained.network.warm_up = 100
+    images = image.expand(2, 1, *GRID.shape)
+    train_segmenter(trained, lambda: (images, both), TrainingSettings(600, 3e-3, every=600))
+    draws = trained.probabilities(Volume.from_grid(image, GRID), passes=60)
+    share = draws.argmax(1)[:, labels > 0].gt(0).float().mean(1)
+    assert float(((share < 0.1) | (share > 0.9)).float().mean()) > 0.8
+    assert 0.25 < float((share > 0.5).float().mean()) < 0.75
+
+
+def test_neither_adversary_moves_the_other() -> None:
+    torch.manual_seed(0)
+    discriminator = Encoder(2, 3, 1).double()
+    found, truth = torch.randn(2, 4, 3, 20, 18, dtype=torch.float64).softmax(2)
+    found.requires_grad_()
+    parameters = list(discriminator.parameters())
+    value = adversarial(discriminator, found, truth, 0.3)
+    ours, *theirs = torch.autograd.grad(value, [found, *parameters])
+    (alone,) = torch.autograd.grad(-0.3 * functional.logsigmoid(discriminator(found)).mean(), found)
+    torch.testing.assert_close(ours, alone)
+    told = functional.binary_cross_entropy_with_logits
+    scores = torch.cat([discriminator(truth), discriminator(found)])
+    apart = 2 * told(scores, torch.tensor([1.0] * 4 + [0.0] * 4, dtype=torch.float64)[:, None])
+    for a, b in zip(theirs, torch.autograd.grad(apart, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_adversary_is_of_the_training_alone(tmp_path: Path) -> None:
+    data = cohort(2)
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings("unet", adversary=0.05), data.codes)
+    plain = TrainedSegmenter.build(GRID, SegmenterSettings("unet"), data.codes)
+    assert all(torch.equal(a, b) for a, b in zip(trained.network.parameters(), plain.network.parameters(), strict=True))
+    examples = labelled(data.images, data.labels, GRID, 2)
+    log = train_segmenter(trained, examples, TrainingSettings(60, 1e-2, every=60), folder=tmp_path, validation=data)
+    assert log[-1]["dice"] > 0.97
+    volume = Volume.from_grid(data.images[0, 0], GRID)
+    assert torch.equal(TrainedSegmenter.load(tmp_path).probabilities(volume), trained.probabilities(volume))
+    with pytest.raises(ValueError, match="adversary >= 0"):
+        SegmenterSettings(adversary=-1.0)
+
+
+def test_networks_of_before_there_were_adversaries_are_read(tmp_path: Path) -> None:
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings("fcn"), (0, 1))
+    trained.save(tmp_path)
+    described = json.loads((tmp_path / "network.json").read_text())
+    del described["adversary"]
+    (tmp_path / "network.json").write_text(json.dumps(described))
+    assert TrainedSegmenter.load(tmp_path).settings == trained.settings
 
 
 def trained_on_discs(dropout: float = 0.0) -> TrainedSegmenter:
@@ -315,9 +423,12 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
     assert volumes["q025"].isna().all()
     dropped = tmp_path / "dropped"
     said(*options, "-o", str(dropped), "--dropout", "0.3", "--examples", "contrasts", "--names", str(tmp_path / "names.json"))
-    said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(dropped), "--draws", "4", "-o", str(tmp_path / "out2"))
-    volumes = pd.read_csv(tmp_path / "out2" / "s0_volumes.tsv", sep="\t")
-    assert (volumes["q025"] < volumes["q975"]).all()
+    drawn = tmp_path / "drawn"
+    said(*options, "-o", str(drawn), "--network", "probabilistic-unet", "--adversary", "0.05", "--names", str(tmp_path / "names.json"))
+    for run in (dropped, drawn):
+        said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(run), "--draws", "4", "-o", str(tmp_path / run.name / "out"))
+        volumes = pd.read_csv(tmp_path / run.name / "out" / "s0_volumes.tsv", sep="\t")
+        assert (volumes["q025"] < volumes["q975"]).all()
 
 
 @pytest.mark.slow

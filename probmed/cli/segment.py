@@ -188,7 +188,7 @@ def _networks(models: list[str]) -> tuple[Any, ...]:
 
 
 def _by_networks(subject: Subject, request: Request, label: str) -> str:
-    """Segment one subject by the mean of networks, each several times where it has dropout; what was found, and where it is.
+    """Segment one subject by the mean of networks, each several times where it has dropout or a latent; what was found, and where it is.
 
     Raises:
         UnusableInput: for several channels, a scan that cannot be used, and outputs that cannot be written.
@@ -201,7 +201,7 @@ def _by_networks(subject: Subject, request: Request, label: str) -> str:
         scan = read_scan(subject.channels[0])
         found = []
         for number, network in enumerate(request.networks):
-            passes = request.draws if network.settings.dropout else 0
+            passes = request.draws if network.draws else 0
             p = network.probabilities(scan, passes, request.seed)
             found.append(p if passes else p[None])
             tell("segmenting", 0.9 * (number + 1) / len(request.networks))

@@ -30,6 +30,7 @@ class Network(str, Enum):
     fcn = "fcn"
     deepmedic = "deepmedic"
     voxelwise = "voxelwise"
+    probabilistic_unet = "probabilistic-unet"
 
 
 class Examples(str, Enum):
@@ -56,6 +57,7 @@ def segmentation(
     ] = Examples.scans,
     augment: Annotated[bool, typer.Option(help="Change shape and appearance of examples at random.")] = True,
     dropout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of features that training leaves out.")] = 0.0,
+    adversary: Annotated[float, typer.Option(min=0, help="Weight of a discriminator of label maps; 0 trains none.")] = 0.0,
     spacing: Annotated[float | None, typer.Option(min=0.01, help="Of the network's grid, mm; the finest scan's by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Scans a step.")] = 2,
@@ -111,9 +113,8 @@ def segmentation(
                     drawn = sets.random_contrast(sets.regions_of(images, labels), labels, grid, batch, change)
                 else:
                     drawn = sets.labelled(images, labels, grid, batch, change)
-            trained = supervision.TrainedSegmenter.build(
-                grid, supervision.SegmenterSettings(network.value, dropout), codes, {**amortisation.names_of(training_rows, data), **named}, seed
-            )
+            wanted = supervision.SegmenterSettings(network.value, dropout, adversary=adversary)
+            trained = supervision.TrainedSegmenter.build(grid, wanted, codes, {**amortisation.names_of(training_rows, data), **named}, seed)
             trained.network.to(fabric.device)
 
             def report(row: dict[str, float], share: float) -> None:

@@ -1,8 +1,8 @@
 """Segmentation networks from a table of labelled scans: what `probmed train segmentation` does, and how a trained network segments a scan.
 
 Scans are brought to one grid in a world of their own, as for registration networks; results go back to the scan's own voxels. Loss: cross-entropy and
-one minus the mean soft Dice of the labels. Uncertainty: the softmax with a temperature that is fitted to validation scans, dropout at prediction, and
-several networks.
+one minus the mean soft Dice of the labels, and where asked for what an adversary makes of the label map. Uncertainty: the softmax with a temperature
+that is fitted to validation scans, dropout at prediction, draws of a probabilistic U-Net, and several networks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lightning_fabric import Fabric
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 import probmed
@@ -25,7 +26,7 @@ from probmed.grids import Grid
 from probmed.inference.training import Row, TrainingSettings, train
 from probmed.metrics import dice
 from probmed.models.segmentation import Segmentation
-from probmed.segmentation_networks import NETWORKS
+from probmed.segmentation_networks import NETWORKS, Encoder, ProbabilisticUNet
 from probmed.transforms import warp
 from probmed.volumes import UnusableInput, Volume, atomic_write
 from probmed.workflows.amortisation import Cohort, brought
@@ -42,17 +43,20 @@ class SegmenterSettings:
     Arguments:
         network: one of ``segmentation_networks.NETWORKS``. dropout: share of features that training leaves out.
         overlap: weight of the soft Dice beside the cross-entropy.
+        adversary: weight of how improbable a discriminator finds that the network's label map is a true one; 0 trains none.
     """
 
     network: str = "unet"
     dropout: float = 0.0
     overlap: float = 1.0
+    adversary: float = 0.0
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
             raise ValueError(f"expected a network of {sorted(NETWORKS)}, got {self.network!r}")
-        if not 0 <= self.dropout < 1 or self.overlap < 0:
-            raise ValueError(f"expected 0 <= dropout < 1 and overlap >= 0, got {self.dropout} and {self.overlap}")
+        if not 0 <= self.dropout < 1 or min(self.overlap, self.adversary) < 0:
+            found = f"{self.dropout}, {self.overlap} and {self.adversary}"
+            raise ValueError(f"expected 0 <= dropout < 1, overlap >= 0 and adversary >= 0, got {found}")
 
 
 @dataclass
@@ -61,7 +65,7 @@ class TrainedSegmenter:
 
     Arguments:
         grid: on which it sees scans. codes: label k of the network in label maps, 0 first. names: of codes but the first.
-        temperature: by which logits are divided.
+        temperature: by which logits are divided. discriminator: of label maps, in training alone.
     """
 
     grid: Grid
@@ -70,6 +74,7 @@ class TrainedSegmenter:
     names: dict[int, str]
     network: nn.Module
     temperature: float = 1.0
+    discriminator: Encoder | None = None
 
     @classmethod
     def build(
@@ -85,33 +90,47 @@ class TrainedSegmenter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = NETWORKS[settings.network](grid.ndim, 1, len(codes), dropout=settings.dropout)
+            discriminator = Encoder(grid.ndim, len(codes), 1) if settings.adversary else None
         found = {code: (names or {}).get(code, str(code)) for code in codes[1:]}
-        return cls(grid, settings, tuple(int(code) for code in codes), found, network)
+        return cls(grid, settings, tuple(int(code) for code in codes), found, network, discriminator=discriminator)
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @property
+    def draws(self) -> bool:
+        """Whether it says something else each time: it has dropout, or a latent."""
+        return self.settings.dropout > 0 or isinstance(self.network, ProbabilisticUNet)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that training changes."""
+        return {"network": self.network} if self.discriminator is None else {"network": self.network, "discriminator": self.discriminator}
+
     def logits(self, images: Tensor) -> Tensor:
         """Of images ``(B, 1, *shape)``, NaN where unknown, whatever their units."""
-        known = ~images.isnan()
-        count = known.flatten(1).sum(1).clamp_min(1).reshape(-1, *[1] * (images.ndim - 1))
-        dims = tuple(range(1, images.ndim))
-        values = images.nan_to_num(0.0)
-        mean = values.sum(dims, keepdim=True) / count
-        sd = (((values - mean) * known).square().sum(dims, keepdim=True) / count).sqrt().clamp_min(1e-6)
-        out: Tensor = self.network(((values - mean) / sd).masked_fill(~known, 0.0))
+        out: Tensor = self.network(standardised(images))
         return out
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Of images and labels, −1 where they are not known."""
         images, labels = (x.to(self.device) for x in batch)
-        logits = self.logits(images)
         known = labels >= 0
-        entropy = functional.cross_entropy(logits, labels.masked_fill(~known, -100), ignore_index=-100)
-        if not self.settings.overlap:
-            return entropy
-        return entropy + self.settings.overlap * (1 - soft_dice(logits.softmax(1), labels.clamp_min(0), known))
+        truth = one_hot(labels, len(self.codes))
+        if isinstance(self.network, ProbabilisticUNet):
+            logits, divergence = self.network.fitted(standardised(images), truth)
+            # The evidence's bound is of an image, and the cross-entropy the mean of its voxels.
+            latent = self.network.divergence_weight() * divergence.sum() / known.sum().clamp_min(1)
+        else:
+            logits, latent = self.logits(images), images.new_zeros(())
+        value = functional.cross_entropy(logits, labels.masked_fill(~known, -100), ignore_index=-100) + latent
+        p = logits.softmax(1)
+        if self.settings.overlap:
+            value = value + self.settings.overlap * (1 - soft_dice(p, labels.clamp_min(0), known))
+        if self.discriminator is not None:
+            value = value + adversarial(self.discriminator, p * known[:, None], truth, self.settings.adversary)
+        return value
 
     @torch.no_grad()
     def validation(self, cohort: Cohort) -> Row:
@@ -142,16 +161,16 @@ class TrainedSegmenter:
 
     @torch.no_grad()
     def probabilities(self, volume: Volume, passes: int = 0, seed: int = 0) -> Tensor:
-        """p(label) on the scan's own voxels, ``(K, *shape)``; with dropout ``passes`` times, ``(passes, K, *shape)``.
+        """p(label) on the scan's own voxels, ``(K, *shape)``; with dropout or draws of the latent ``passes`` times, ``(passes, K, *shape)``.
 
         Raises:
             UnusableInput: for a scan of another dimension.
-            ValueError: for passes of a network that was trained without dropout.
+            ValueError: for passes of a network that has neither dropout nor a latent.
         """
         if volume.grid.ndim != self.grid.ndim:
             raise UnusableInput(volume.name, f"has {volume.grid.ndim} axes, and the network takes {self.grid.ndim}", "give another network or scan")
-        if passes and not self.settings.dropout:
-            raise ValueError("expected a network that was trained with dropout, got one without")
+        if passes and not self.draws:
+            raise ValueError("expected a network that was trained with dropout or has a latent, got one without")
         image = brought(volume, self.grid)[None, None].to(self.device)
         self.network.eval()
         if not passes:
@@ -161,7 +180,8 @@ class TrainedSegmenter:
                 layer.train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            found = torch.cat([self._returned(self.logits(image), volume) for _ in range(passes)])
+            once = self.network.draw if isinstance(self.network, ProbabilisticUNet) else self.network
+            found = torch.cat([self._returned(once(standardised(image)), volume) for _ in range(passes)])
         self.network.eval()
         return found
 
@@ -190,6 +210,8 @@ class TrainedSegmenter:
             described: dict[str, Any] = json.loads((folder / "network.json").read_text(encoding="utf-8"))
             if described["system"] != "segmentation":
                 raise ValueError(f"it is a network for {described['system']}")
+            # Networks of before there were adversaries have none.
+            described.setdefault("adversary", 0.0)
             settings = SegmenterSettings(**{f.name: described[f.name] for f in fields(SegmenterSettings)})
             grid = Grid.from_spacing(described["shape"], described["spacing_mm"])
             trained = cls.build(grid, settings, described["codes"], {int(code): name for code, name in described["names"].items()})
@@ -226,13 +248,43 @@ def amortise(
     return trained
 
 
+def standardised(images: Tensor) -> Tensor:
+    """Each image ``(B, 1, *shape)`` with mean 0 and standard deviation 1 where it is known, and 0 where it is NaN."""
+    known = ~images.isnan()
+    count = known.flatten(1).sum(1).clamp_min(1).reshape(-1, *[1] * (images.ndim - 1))
+    dims = tuple(range(1, images.ndim))
+    values = images.nan_to_num(0.0)
+    mean = values.sum(dims, keepdim=True) / count
+    sd = (((values - mean) * known).square().sum(dims, keepdim=True) / count).sqrt().clamp_min(1e-6)
+    return ((values - mean) / sd).masked_fill(~known, 0.0)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """``(B, K, *shape)`` of labels ``(B, *shape)``, float; zero where they are negative."""
+    return (functional.one_hot(labels.clamp_min(0), classes) * (labels >= 0)[..., None]).movedim(-1, 1).float()
+
+
+def adversarial(discriminator: nn.Module, found: Tensor, truth: Tensor, weight: float) -> Tensor:
+    """A network's loss by how far a discriminator is from taking its label maps for true ones, and the discriminator's own, in nats.
+
+    Neither's gradient reaches the other's parameters, so that one optimiser lowers both.
+
+    Arguments:
+        found, truth: label maps ``(B, K, *shape)``. weight: of the network's part.
+    """
+    fixed = {name: p.detach() for name, p in discriminator.named_parameters()}
+    doubted = functional.softplus(-functional_call(discriminator, fixed, (found,))).mean()
+    told_apart = functional.softplus(-discriminator(truth)).mean() + functional.softplus(discriminator(found.detach())).mean()
+    return weight * doubted + told_apart
+
+
 def soft_dice(p: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     """Mean over labels but the background, and over images, of 2 Σ p s / (Σ p + Σ s); a label that an image lacks counts by what it is given.
 
     Arguments:
         p: ``(B, K, *shape)``. labels: ``(B, *shape)``. known: ``(B, *shape)`` bool.
     """
-    truth = functional.one_hot(labels, p.shape[1]).movedim(-1, 1).to(p) * known[:, None]
+    truth = one_hot(labels, p.shape[1]).to(p) * known[:, None]
     found = p * known[:, None]
     dims = tuple(range(2, p.ndim))
     return ((2 * (found * truth).sum(dims) + 1) / (found.sum(dims) + truth.sum(dims) + 1))[:, 1:].mean()
@@ -274,9 +326,11 @@ def train_segmenter(
     Returns:
         The log, as ``inference.training.train``.
     """
+    for module in trained.modules.values():
+        module.to(trained.device)
     log = train(
         trained.loss,
-        {"network": trained.network},
+        trained.modules,
         lambda generator: examples(),
         training,
         folder=folder,
