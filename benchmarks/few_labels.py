@@ -1,4 +1,5 @@
-"""Segmentation from few labelled scans: by registration, by networks on draws of learned transforms or random contrasts, and by supervised networks.
+"""Segmentation from few labelled scans: by registration, by networks on draws of learned transforms or random contrasts, by a shape prior of label
+maps, and by supervised networks.
 
 Data: `msd_hippocampus` in the folder ``PROBMED_DATA``. Every tenth training scan is for calibration and choices; of the others, in the order of a
 seeded permutation, the first ones are labelled; all test scans report.
@@ -11,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from benchmarks.pairs import beside, scans
 from benchmarks.tables import Log, Row, Table, mean_sd
 from benchmarks.tissue import data_folder
-from probmed.grids import Grid
+from probmed.grids import Grid, sample
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import boundary_band, brier_score, calibration_error, dice, negative_log_likelihood, paired_bootstrap, surface_distances
 from probmed.report.palette import ACCENT, distinct
@@ -33,17 +34,21 @@ from probmed.volumes import Volume, read_labels, read_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.growth import Registered, Registrations
 from probmed.workflows.one_shot import Estimates, coupled, estimate, learned
-from probmed.workflows.propagation import propagate
-from probmed.workflows.registration import RegistrationSettings, register
+from probmed.workflows.registration import RegistrationSettings, places, register
+from probmed.workflows.shapes import ShapeSettings, TrainedShapes, fit_shapes, read_label_maps, segment_with_shapes
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
-from probmed.workflows.training_sets import Augmentation, Examples, intensity_regions, labelled, on_grid, one_shot, random_contrast
+from probmed.workflows.training_sets import Augmentation, Examples, labelled, on_grid, one_shot, random_contrast, regions_of
 
 STEPS, BATCH, RATE = 800, 2, 2e-3
 UNLABELLED = 30  # scans that learned transforms are estimated from
 DRAWS = 20  # of a registration's posterior
 BAND_MM = 3.0  # about the true border, where calibration is judged
 LABELS = (1, 2)
+FEW = 15  # test scans, the first ones, that the shape prior is measured on: half a minute each
 REGISTRATION = "registration, 20 draws"
+SHAPES = "shapes of all label maps, no labelled scan"
+SHAPE_STEPS, SHAPE_SPACING = 600, 1.5
+REFINED = 60  # gradient steps on a scan's shape
 FULL = "U-Net, all labels"
 FIGURE = Path(__file__).resolve().parent / "results" / "few_labels.png"
 
@@ -113,30 +118,60 @@ class Data:
         models = [coupled(self.estimates, shares, number) for number in range(len(self.estimates.velocities))]
         return on_grid(one_shot(models, BATCH), scan.grid, self.cohort[1])
 
-    def contrasts(self) -> Examples:
+    def contrasts(self, count: int | None) -> Examples:
         cohort, grid = self.cohort
-        regions = intensity_regions(cohort.images[0, 0], cohort.labels[0])
-        return random_contrast(regions[None], cohort.labels[:1], grid, BATCH, Augmentation(velocity_mm=2.5, rotation=0.15, log_scale=0.12))
+        images, labels = cohort.images[:count], cohort.labels[:count]
+        change = Augmentation(velocity_mm=2.5, rotation=0.15, log_scale=0.12)
+        return random_contrast(regions_of(images, labels), labels, grid, BATCH, change)
+
+
+    @cached_property
+    def shapes(self) -> TrainedShapes:
+        """Learned from label maps, without a scan, and kept."""
+        place = self.kept / "shapes"
+        if not (place / "shapes.json").exists():
+            place.mkdir(exist_ok=True)
+            maps = read_label_maps(_table(self.order), data_folder() / "table.tsv", SHAPE_SPACING)
+            change = Augmentation(velocity_mm=1.0, translation_mm=1.0, log_scale=0.05, rotation=0.07)
+            training = TrainingSettings(SHAPE_STEPS, RATE, every=SHAPE_STEPS // 6)
+            names = ("background", "anterior", "posterior")
+            fit_shapes(maps.labels, maps.grid, maps.codes, names, ShapeSettings(), training, batch=8, augmentation=change, folder=place)
+        return TrainedShapes.load(place)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A network: what it is trained on, and what it is.
+
+    Arguments:
+        calibrated: by a temperature, for which few labels leave none.
+    """
+
+    examples: Callable[[Data], Examples]
+    settings: SegmenterSettings = field(default_factory=SegmenterSettings)
+    steps: int = STEPS
+    calibrated: bool = False
 
 
 def _table(paths: Sequence[Path]) -> pd.DataFrame:
     return pd.DataFrame({"scan": [str(path) for path in paths], "labels": [str(beside(path)) for path in paths]})
 
 
-METHODS: Mapping[str, Callable[[Data], Examples]] = {
-    FULL: lambda data: data.supervised(None),
-    "one label, learned transforms and augmentation": lambda data: data.drawn("principal", "principal", Augmentation()),
-    "U-Net, 1 label": lambda data: data.supervised(1),
-    "U-Net, 10 labels": lambda data: data.supervised(10),
-    "one label, learned transforms": lambda data: data.drawn("principal", "principal"),
-    "one label, random contrasts": lambda data: data.contrasts(),
-    "one label, learned transforms, spatial alone": lambda data: data.drawn("principal", "none"),
-    "one label, transforms as estimated": lambda data: data.drawn_coupled(),
-    "U-Net, 2 labels": lambda data: data.supervised(2),
-    "U-Net, 5 labels": lambda data: data.supervised(5),
-    "U-Net, 50 labels": lambda data: data.supervised(50),
+METHODS: Mapping[str, Method] = {
+    FULL: Method(lambda data: data.supervised(None), calibrated=True),
+    "one label, learned transforms and augmentation": Method(lambda data: data.drawn("principal", "principal", Augmentation())),
+    "U-Net, 1 label": Method(lambda data: data.supervised(1)),
+    "U-Net, 10 labels": Method(lambda data: data.supervised(10)),
+    "one label, learned transforms": Method(lambda data: data.drawn("principal", "principal")),
+    "one label, random contrasts": Method(lambda data: data.contrasts(1)),
+    "all labels, random contrasts": Method(lambda data: data.contrasts(None)),
+    "one label, learned transforms, spatial alone": Method(lambda data: data.drawn("principal", "none")),
+    "one label, transforms as estimated": Method(lambda data: data.drawn_coupled()),
+    "U-Net, 2 labels": Method(lambda data: data.supervised(2)),
+    "U-Net, 5 labels": Method(lambda data: data.supervised(5)),
+    "U-Net, 50 labels": Method(lambda data: data.supervised(50)),
 }
-"""Name → what its network is trained on. Augmentation is that of all supervised networks."""
+"""Augmentation is that of all supervised networks."""
 
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
@@ -145,7 +180,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         data = Data.of(log, Path(temporary), limit, seed)
-        for name in (REGISTRATION, *METHODS):
+        for name in (*ANSWERS, *METHODS):
             if not only or any(word in name for word in only):
                 rows += measured(log, data, name, seed)
                 if data.test:
@@ -158,57 +193,82 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
 
 def measured(log: Log, data: Data, name: str, seed: int) -> list[Row]:
     """A row for each test scan."""
-    keys = {f"{name}/{path.name[12:15]}": path for path in data.test}
+    keys = {f"{name}/{path.name[12:15]}": path for path in data.test[: FEW if name == SHAPES else None]}
     if any(key not in log.rows for key in keys):
-        answer = registered(data) if name == REGISTRATION else network(data, name, seed).probabilities
+        answer = answering(data, name, seed)
         for key, path in keys.items():
             log.row(key, partial(score, name, path, answer))
     return [log.rows[key] for key in keys]
 
 
-def network(data: Data, name: str, seed: int) -> TrainedSegmenter:
-    """Trained, or as it was kept; a training that was cut off goes on."""
-    place = data.kept / name.replace(" ", "-").replace(",", "")
+def answering(data: Data, name: str, seed: int) -> Answer:
+    return ANSWERS[name](data) if name in ANSWERS else network(data, name, METHODS[name], seed).probabilities
+
+
+def network(data: Data, name: str, method: Method, seed: int) -> TrainedSegmenter:
+    cohort, grid = data.cohort
+    untrained = TrainedSegmenter.build(grid, method.settings, cohort.codes, seed=seed)
+    return fitted(data.kept, name, untrained, lambda: method.examples(data), method.steps, seed, data.checked if method.calibrated else None)
+
+
+def fitted(
+    kept: Path, name: str, untrained: TrainedSegmenter, examples: Callable[[], Examples], steps: int, seed: int, checked: Cohort | None = None
+) -> TrainedSegmenter:
+    """A network that is trained, or as it was kept; a training that was cut off goes on.
+
+    Arguments:
+        checked: scans by which it is calibrated.
+    """
+    place = kept / re.sub("[^-A-Za-z0-9]+", "-", name)
     if (place / "network.json").exists():
         return TrainedSegmenter.load(place)
     place.mkdir(exist_ok=True)
-    cohort, grid = data.cohort
-    trained = TrainedSegmenter.build(grid, SegmenterSettings(), cohort.codes, seed=seed)
-    training = TrainingSettings(STEPS, RATE, seed=seed, every=max(1, STEPS // 10))
     start = time.perf_counter()
 
     def tell(row: Row, share: float) -> None:
         print(f"{name}: {row['step']:.0f} steps, loss {row['loss']:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
 
-    # With few labels there are none to spare for a temperature.
-    checked = data.checked if name == FULL else None
-    train_segmenter(trained, METHODS[name](data), training, folder=place, validation=checked, tell=tell)
-    return trained
+    training = TrainingSettings(steps, RATE, seed=seed, every=max(1, steps // 10))
+    train_segmenter(untrained, examples(), training, folder=place, validation=checked, tell=tell)
+    return untrained
 
 
-def registered(data: Data) -> Callable[[Volume], Tensor]:
-    scan, _ = data.one
-    labels = read_labels(beside(data.order[0]))
+def registered(data: Data) -> Answer:
+    """The labelled scan's shares of labels at the place of each voxel, a draw of the deformation each."""
+    scan, shares = data.one
 
     def answer(volume: Volume) -> Tensor:
-        found = propagate(labels, register(scan, volume, draws=DRAWS, device="cpu")).probabilities
-        if found is None:
-            raise AssertionError
-        return torch.cat([(1 - found.sum(0, keepdim=True)).clamp_min(0.0), found])
+        found = register(scan, volume, draws=DRAWS, device="cpu")
+        return torch.stack([sample(shares, scan.grid, places(draw, volume.grid), fill="edge") for draw in found.draws])
 
     return answer
 
 
-def score(name: str, path: Path, answer: Callable[[Volume], Tensor], volume: Volume | None = None) -> Row:
-    """Dice, 95 % Hausdorff distance and volume error as means over labels; nats and Brier score a voxel; calibration error near the border.
+def shaped(data: Data) -> Answer:
+    model = data.shapes.model()
+    return lambda volume: segment_with_shapes(data.shapes, volume, model=model, steps=REFINED).probabilities
+
+
+Answer = Callable[[Volume], Tensor]
+"""Probabilities of the labels of a scan, ``(K, *shape)``, or draws of them, ``(draws, K, *shape)``."""
+
+ANSWERS: Mapping[str, Callable[[Data], Answer]] = {REGISTRATION: registered, SHAPES: shaped}
+"""Those without a network of their own."""
+
+
+def score(name: str, path: Path, answer: Answer, volume: Volume | None = None) -> Row:
+    """Dice, 95 % Hausdorff distance and volume error as means over labels; nats and Brier score a voxel; calibration error near the border; how many
+    standard deviations the true volume of each label is from what the method says.
 
     Arguments:
         volume: what is answered; the scan itself by default.
     """
     volume, truth = volume or read_scan(path), read_labels(beside(path)).data
     start = time.perf_counter()
-    p = answer(volume)
+    draws = answer(volume)
     seconds = time.perf_counter() - start
+    draws = draws if draws.ndim > truth.ndim + 1 else draws[None]
+    p = draws.mean(0)
     found = p.argmax(0)
     band = boundary_band(truth > 0, BAND_MM, volume.spacing)
     return {
@@ -220,8 +280,31 @@ def score(name: str, path: Path, answer: Callable[[Volume], Tensor], volume: Vol
         "brier": brier_score(p, truth),
         "ece": statistics.fmean(calibration_error(p[k], truth == k, band) for k in LABELS),
         "volume_error": statistics.fmean(100 * abs(float(p[k].sum() / (truth == k).sum()) - 1) for k in LABELS),
+        "z": [round(z, 3) for z in volume_scores(draws, truth)],
         "seconds": round(seconds, 3),
     }
+
+
+def volume_scores(draws: Tensor, truth: Tensor) -> list[float]:
+    """(true volume − mean) / standard deviation, of each label but the background.
+
+    Given a draw of p(label), voxels are independent; the variance is what they leave, and that of the mean volume between draws.
+
+    Arguments:
+        draws: ``(D, K, *shape)``. truth: ``(*shape)``.
+    """
+    flat = draws.flatten(2).double()
+    volumes, left = flat.sum(-1), (flat * (1 - flat)).sum(-1).mean(0)
+    sd = (left + (volumes.var(0) if len(volumes) > 1 else 0.0)).sqrt().clamp_min(1e-6)
+    true = torch.stack([(truth == k).sum() for k in range(draws.shape[1])])
+    scores: list[float] = ((true - volumes.mean(0)) / sd)[1:].tolist()
+    return scores
+
+
+def coverage(rows: Sequence[Row]) -> str:
+    """Share of true volumes that are in 50, 80 and 95 % intervals, %."""
+    scores = torch.tensor([z for row in rows for z in row["z"]])
+    return " / ".join(f"{100 * float((scores.abs() < width).double().mean()):.0f}" for width in (0.674, 1.282, 1.960))
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -234,6 +317,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
             line[head] = mean_sd([row[key] for row in own], digits)
         line["ECE near the border"] = f"{statistics.fmean(row['ece'] for row in own):.3f}"
         line["volume error, %"] = mean_sd([row["volume_error"] for row in own], 1)
+        line["volumes in 50 / 80 / 95 % intervals"] = coverage(own)
         line["seconds"] = f"{statistics.median(row['seconds'] for row in own):.2f}"
         lines.append(line)
     return lines

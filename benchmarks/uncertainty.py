@@ -1,4 +1,5 @@
-"""Probabilities of labels, on scans as they were trained on and on scans that are changed: the networks of `few_labels`, and registration.
+"""Probabilities of labels, on scans as they were trained on and on scans that are changed: the methods of `few_labels`, and the usual ways to get
+uncertainty from a network.
 
 Data: `msd_hippocampus` in the folder ``PROBMED_DATA``; the networks are those of `few_labels`, trained where they are not kept beside the rows.
 """
@@ -7,21 +8,27 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.few_labels import METHODS, REGISTRATION, Data, network, registered, score
+from benchmarks.few_labels import ANSWERS, FEW, FULL, METHODS, Answer, Data, Method, answering, coverage, network, score
 from benchmarks.tables import Log, Row, Table
 from probmed.fields import GaussianField
+from probmed.simulation.contrasts import CONTRASTS as simulated
 from probmed.simulation.contrasts import stream
 from probmed.volumes import Volume, read_scan, scaled
+from probmed.workflows.supervision import SegmenterSettings
 
-FEW = 15  # test scans that registration, which takes seconds, is measured on
 SLICES = 4  # of which one is lost
+WHITE = 0.95  # share of a crop's voxels that are darker than white matter
+MEMBERS = 3  # of the ensemble
+PASSES = 20
+DROPOUT = 0.2
 Shift = Callable[[Tensor, Sequence[float], torch.Generator], Tensor]
 
 
@@ -31,6 +38,14 @@ def _inverted(image: Tensor, spacing: Sequence[float], generator: torch.Generato
 
 def _squared(image: Tensor, spacing: Sequence[float], generator: torch.Generator) -> Tensor:
     return image.clamp_min(0.0).square()
+
+
+def _like_t2(image: Tensor, spacing: Sequence[float], generator: torch.Generator) -> Tensor:
+    """Fluid bright, white matter darker than grey, by straight lines between the means of the simulated contrasts; WM is the scan's bright end."""
+    t1, t2 = simulated["T1"], simulated["T2"]
+    means = sorted((t1[tissue][0][1], t2[tissue][0][1]) for tissue in ("CSF", "GM", "WM"))
+    values = image / image.quantile(WHITE)
+    return torch.from_numpy(np.interp(values.numpy(), [x for x, _ in means], [y for _, y in means])).to(image)
 
 
 def _noisy(image: Tensor, spacing: Sequence[float], generator: torch.Generator) -> Tensor:
@@ -68,11 +83,22 @@ SHIFTS: Mapping[str, Shift | None] = {
     "every fourth slice lost": _lacking,
     "another unit": _rescaled,
 }
+CONTRASTS: Mapping[str, Shift | None] = {"none": None, "inverted contrast": _inverted, "T2-like": _like_t2}
+
+
+ENSEMBLE = f"{MEMBERS} U-Nets, all labels"
+DRAWN: Mapping[str, Method] = {
+    "U-Net with dropout, all labels": Method(lambda data: data.supervised(None), SegmenterSettings(dropout=DROPOUT), calibrated=True),
+    "probabilistic U-Net, all labels": Method(lambda data: data.supervised(None), SegmenterSettings("probabilistic-unet"), calibrated=True),
+}
+"""Networks that are asked several times."""
+
+MEASURED = (*ANSWERS, *METHODS, *DRAWN, ENSEMBLE)
 
 
 def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
     """A scan, changed; the same for every method."""
-    scan, change = read_scan(path), SHIFTS[shift]
+    scan, change = read_scan(path), {**SHIFTS, **CONTRASTS}[shift]
     if change is None:
         return scan
     return scan.with_data(change(scaled(scan.data), scan.spacing, stream(seed, shift, path.name)))
@@ -80,35 +106,63 @@ def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Ask every method about every change of the test scans."""
+    settings = {"threads": threads, "scans_of_slow_methods": FEW, "members": MEMBERS, "passes": PASSES, "dropout": DROPOUT}
+    rows = answers(log, limit, MEASURED, SHIFTS, only, threads, seed)
+    return Table("uncertainty", rows, summarise(rows, SHIFTS), "", settings, seed)
+
+
+def answers(
+    log: Log, limit: int | None, names: Sequence[str], shifts: Iterable[str], only: Sequence[str], threads: int, seed: int
+) -> list[Row]:
+    """A row for each method, change and test scan; of methods without a network, which take seconds, for the first scans alone."""
     torch.set_num_threads(threads)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         data = Data.of(log, Path(temporary), limit, seed)
-        for name in (REGISTRATION, *METHODS):
+        for name in names:
             if only and not any(word in name for word in only):
                 continue
-            answer = registered(data) if name == REGISTRATION else network(data, name, seed).probabilities
-            for shift in SHIFTS:
-                for path in data.test[: FEW if name == REGISTRATION else None]:
-                    rows.append(log.row(f"{name}/{shift}/{path.name[12:15]}", partial(_row, name, shift, path, answer, seed)))
-            print(f"{name:50s} {_line(rows, name, 'dice', 3)}", flush=True)
-    return Table("uncertainty", rows, summarise(rows), "", {"threads": threads, "registration_scans": FEW}, seed)
+            paths = data.test[: FEW if name in ANSWERS else None]
+            keys = {f"{name}/{shift}/{path.name[12:15]}": (shift, path) for shift in shifts for path in paths}
+            if any(key not in log.rows for key in keys):
+                answer = several(data, name, seed)
+                for key, (shift, path) in keys.items():
+                    log.row(key, partial(_row, name, shift, path, answer, seed))
+            rows += [log.rows[key] for key in keys]
+            print(f"{name:50s} {_line(rows, name, shifts, 'dice', 3)}", flush=True)
+    return rows
 
 
-def _row(name: str, shift: str, path: Path, answer: Callable[[Volume], Tensor], seed: int) -> Row:
+def several(data: Data, name: str, seed: int) -> Answer:
+    """As ``few_labels.answering``, and draws of what is asked several times."""
+    if name == ENSEMBLE:
+        whole = METHODS[FULL]
+        others = [network(data, f"{FULL}, seed {seed + n}", whole, seed + n) for n in range(1, MEMBERS)]
+        members = [network(data, FULL, whole, seed), *others]
+        return lambda volume: torch.stack([member.probabilities(volume) for member in members])
+    if name in DRAWN:
+        drawn = network(data, name, DRAWN[name], seed)
+        return lambda volume: drawn.probabilities(volume, PASSES, seed)
+    return answering(data, name, seed)
+
+
+def _row(name: str, shift: str, path: Path, answer: Answer, seed: int) -> Row:
     return {"shift": shift, **score(name, path, answer, shifted(path, shift, seed))}
 
 
-def _line(rows: Sequence[Row], name: str, what: str, digits: int) -> dict[str, str]:
+def _line(rows: Sequence[Row], name: str, shifts: Iterable[str], what: str, digits: int) -> dict[str, str]:
     """Means of a score, a column a shift."""
-    of = {shift: [row[what] for row in rows if row["method"] == name and row["shift"] == shift] for shift in SHIFTS}
+    of = {shift: [row[what] for row in rows if row["method"] == name and row["shift"] == shift] for shift in shifts}
     return {shift: f"{statistics.fmean(values):.{digits}f}" if values else "–" for shift, values in of.items()}
 
 
-def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Three lines a method: Dice, nats a voxel, and the calibration error near the border."""
+def summarise(rows: Sequence[Row], shifts: Iterable[str]) -> list[dict[str, str]]:
+    """Four lines a method: Dice, nats a voxel, the calibration error near the border, and the coverage of volumes."""
     lines = []
     for name in dict.fromkeys(row["method"] for row in rows):
         for what, head, digits in (("dice", "Dice", 3), ("nll", "nats a voxel", 3), ("ece", "ECE near the border", 3)):
-            lines.append({"method": name, "score": head, **_line(rows, name, what, digits)})
+            lines.append({"method": name, "score": head, **_line(rows, name, shifts, what, digits)})
+        of = {shift: [row for row in rows if row["method"] == name and row["shift"] == shift] for shift in shifts}
+        held = {shift: coverage(own) if own else "–" for shift, own in of.items()}
+        lines.append({"method": name, "score": "volumes in 50 / 80 / 95 % intervals", **held})
     return lines
