@@ -11,7 +11,7 @@ from benchmarks.tables import Log
 
 TABLES = (
     *("tissue", "volumes", "fields", "pairs", "propagation", "deformation_uncertainty", "registration_sizes", "scalar_change", "scaling"),
-    *("gp_prior_vae", "few_labels", "uncertainty"),
+    *("gp_prior_vae", "few_labels", "uncertainty", "contrast", "architectures"),
 )
 
 

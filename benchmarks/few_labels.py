@@ -83,11 +83,11 @@ class Data:
     @cached_property
     def cohort(self) -> tuple[Cohort, Grid]:
         """Of all training scans, the labelled one first."""
-        return read_cohort(_table(self.order), data_folder() / "table.tsv")
+        return read_cohort(labelled_table(self.order), data_folder() / "table.tsv")
 
     @cached_property
     def checked(self) -> Cohort:
-        return read_cohort(_table(self.validation), data_folder() / "table.tsv", grid=self.cohort[1])[0]
+        return read_cohort(labelled_table(self.validation), data_folder() / "table.tsv", grid=self.cohort[1])[0]
 
     @cached_property
     def one(self) -> tuple[Volume, Tensor]:
@@ -131,7 +131,7 @@ class Data:
         place = self.kept / "shapes"
         if not (place / "shapes.json").exists():
             place.mkdir(exist_ok=True)
-            maps = read_label_maps(_table(self.order), data_folder() / "table.tsv", SHAPE_SPACING)
+            maps = read_label_maps(labelled_table(self.order), data_folder() / "table.tsv", SHAPE_SPACING)
             change = Augmentation(velocity_mm=1.0, translation_mm=1.0, log_scale=0.05, rotation=0.07)
             training = TrainingSettings(SHAPE_STEPS, RATE, every=SHAPE_STEPS // 6)
             names = ("background", "anterior", "posterior")
@@ -153,7 +153,7 @@ class Method:
     calibrated: bool = False
 
 
-def _table(paths: Sequence[Path]) -> pd.DataFrame:
+def labelled_table(paths: Sequence[Path]) -> pd.DataFrame:
     return pd.DataFrame({"scan": [str(path) for path in paths], "labels": [str(beside(path)) for path in paths]})
 
 

@@ -146,13 +146,17 @@ def scans() -> tuple[list[Path], list[Path]]:
     return [p for p in every if number[p] in (1, 2, 3)], [p for p in every if number[p] == 4]
 
 
+def slices() -> list[Path]:
+    """Those of OASIS-TRT, in the order of people's numbers."""
+    return sorted((data_folder() / "oasis_trt_slices" / "images").glob("*.nii.gz"), key=lambda p: int(p.name.split("_")[0].split("-")[-1]))
+
+
 def pairs(folder: Path, seed: int) -> Iterator[Pair]:
     """All pairs; images of an odd shape are written anew, so that every method reads the same."""
     data = data_folder()
     yield from drawn_pairs("msd_hippocampus", scans()[1], HIPPOCAMPUS_PAIRS, seed)
-    slices = sorted((data / "oasis_trt_slices" / "images").glob("*.nii.gz"), key=lambda p: int(p.name.split("_")[0].split("-")[-1]))
-    for moving in slices:
-        for fixed in slices:
+    for moving in slices():
+        for fixed in slices():
             if moving != fixed:
                 name = "-".join(p.name.split("_")[0].split("-")[-1] for p in (moving, fixed))
                 yield Pair("oasis_trt_slices", name, moving, fixed, beside(moving), beside(fixed))
