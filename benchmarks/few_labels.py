@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -33,14 +33,15 @@ from probmed.report.panels import bare_axes, blank_figure, png
 from probmed.volumes import Volume, read_labels, read_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.growth import Registered, Registrations
-from probmed.workflows.one_shot import Estimates, coupled, estimate, learned
+from probmed.workflows.one_shot import Estimates, carried, coupled, estimate, learned
 from probmed.workflows.registration import RegistrationSettings, places, register
 from probmed.workflows.shapes import ShapeSettings, TrainedShapes, fit_shapes, read_label_maps, segment_with_shapes
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
-from probmed.workflows.training_sets import Augmentation, Examples, labelled, on_grid, one_shot, random_contrast, regions_of
+from probmed.workflows.training_sets import Augmentation, Examples, completed, labelled, on_grid, one_shot, random_contrast, regions_of
 
 STEPS, BATCH, RATE = 800, 2, 2e-3
 UNLABELLED = 30  # scans that learned transforms are estimated from
+CARRIED = 60  # scans that the labels of one are carried to
 DRAWS = 20  # of a registration's posterior
 BAND_MM = 3.0  # about the true border, where calibration is judged
 LABELS = (1, 2)
@@ -97,17 +98,25 @@ class Data:
 
     @cached_property
     def estimates(self) -> Estimates:
-        kept = Registrations(self.kept / "registrations", device="cpu")
+        return estimate(self.one[0], [read_scan(path) for path in self.order[1 : 1 + UNLABELLED]], self.register)
 
-        def found(moving: Volume, fixed: Volume) -> Registered:
-            return kept(moving, fixed, RegistrationSettings())
-
-        others = [read_scan(path) for path in self.order[1 : 1 + UNLABELLED]]
-        return estimate(self.one[0], others, found)
+    def register(self, moving: Volume, fixed: Volume) -> Registered:
+        """Once; registrations are kept."""
+        return Registrations(self.kept / "registrations", device="cpu")(moving, fixed, RegistrationSettings())
 
     def supervised(self, count: int | None) -> Examples:
         cohort, grid = self.cohort
         return labelled(cohort.images[:count], cohort.labels[:count], grid, BATCH, Augmentation())
+
+    def carried(self) -> Examples:
+        """Scans without labels, with those that registration carries to them, and the labelled one."""
+        paths = self.order[: 1 + CARRIED]
+        found = carried(self.one[0], read_labels(beside(paths[0])), [read_scan(path) for path in paths[1:]], self.register)
+        cohort, grid = self.cohort
+        some = replace(cohort, images=cohort.images[: len(paths)], labels=cohort.labels[: len(paths)].clone())
+        some.labels[1:] = -1
+        some = completed(some, found, grid)
+        return labelled(some.images, some.labels, grid, BATCH, Augmentation())
 
     def drawn(self, spatial: str, appearance: str, augmentation: Augmentation | None = None) -> Examples:
         scan, shares = self.one
@@ -160,6 +169,7 @@ def labelled_table(paths: Sequence[Path]) -> pd.DataFrame:
 METHODS: Mapping[str, Method] = {
     FULL: Method(lambda data: data.supervised(None), calibrated=True),
     "one label, learned transforms and augmentation": Method(lambda data: data.drawn("principal", "principal", Augmentation())),
+    "one label, carried to 60 scans": Method(lambda data: data.carried()),
     "U-Net, 1 label": Method(lambda data: data.supervised(1)),
     "U-Net, 10 labels": Method(lambda data: data.supervised(10)),
     "one label, learned transforms": Method(lambda data: data.drawn("principal", "principal")),
@@ -185,7 +195,8 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                 rows += measured(log, data, name, seed)
                 if data.test:
                     print(f"{name:50s} {statistics.fmean(row['dice'] for row in rows if row['method'] == name):.4f}", flush=True)
-    settings = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "unlabelled": UNLABELLED, "threads": threads, "scans": len(data.order)}
+    settings = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "unlabelled": UNLABELLED, "carried": CARRIED}
+    settings |= {"threads": threads, "scans": len(data.order)}
     if rows and limit is None and not only:
         FIGURE.write_bytes(png(figure(rows, len(data.order))))
     return Table("few_labels", rows, summarise(rows), notes(rows), settings, seed)

@@ -15,7 +15,7 @@ from probmed.fields import GaussianField
 from probmed.grids import Grid
 from probmed.transforms import Affine, Velocity, warp
 from probmed.volumes import Volume
-from probmed.workflows.one_shot import SPATIAL, Estimates, coupled, draw, estimate, learned
+from probmed.workflows.one_shot import SPATIAL, Estimates, carried, coupled, draw, estimate, learned
 from probmed.workflows.registration import register
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -148,3 +148,22 @@ def test_transforms_of_other_scans_are_estimated() -> None:
         there = affine(Velocity(found.lattice, velocity)(middle).double())
         assert float(there[0, 0]) == pytest.approx(shift, abs=0.5)
     assert found.residuals.abs().mean() < 0.05
+
+
+def test_labels_are_carried_by_each_scan_s_own_registration() -> None:
+    """Shifts by whole voxels: every scan gets the map, moved; one that reaches beyond gets the labels at the edge."""
+    grid = Grid.from_spacing((12, 10), 2.0)
+    labels = torch.zeros(grid.shape, dtype=torch.int64)
+    labels[4:9, 3:7], labels[5:7, 4:6] = 7, 3
+    shifts = [(0.0, 0.0), (4.0, -2.0), (-2.0, 2.0)]
+
+    def registered(moving: Volume, fixed: Volume) -> Any:
+        shift = torch.tensor(shifts[int(fixed.data[0, 0])])
+        return SimpleNamespace(transform=Affine.exp(torch.cat([shift, torch.zeros(1)]), 2))
+
+    others = [Volume.from_grid(torch.full(grid.shape, float(n)), grid) for n in range(3)]
+    told: list[float] = []
+    found = carried(others[0], Volume.from_grid(labels, grid), others, registered, told.append)
+    assert told[-1] == 1.0 and len(told) == 3
+    for volume, (x, y) in zip(found, shifts, strict=True):
+        assert torch.equal(volume.data, labels.roll((-round(x / 2), -round(y / 2)), (0, 1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from probmed.priors import AffinePrior, DeformableAtlas
 from probmed.segmentation_networks import NETWORKS, Encoder, ProbabilisticUNet, VoxelWise, normal
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, write_labels, write_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
+from probmed.workflows.cohorts import own_world
 from probmed.workflows.supervision import (
     SegmenterSettings,
     TrainedSegmenter,
@@ -36,7 +38,7 @@ from probmed.workflows.supervision import (
     soft_dice,
     train_segmenter,
 )
-from probmed.workflows.training_sets import Augmentation, drawn_from, intensity_regions, labelled, one_shot, random_contrast
+from probmed.workflows.training_sets import Augmentation, completed, drawn_from, intensity_regions, labelled, one_shot, random_contrast
 
 GRID = Grid.from_spacing((24, 20), 2.0)
 
@@ -325,6 +327,18 @@ def test_networks_of_before_there_were_adversaries_are_read(tmp_path: Path) -> N
     assert TrainedSegmenter.load(tmp_path).settings == trained.settings
 
 
+def test_scans_without_labels_get_those_that_are_given() -> None:
+    """On voxels of their own, in a cohort's codes; the labels that there are stay."""
+    data = replace(cohort(4), codes=(0, 7, 14))
+    whole, codes = data.labels.clone(), torch.tensor(data.codes)
+    data.labels[[1, 3]] = -1
+    given = [Volume.from_grid(codes[whole[n]], GRID) for n in (1, 3)]
+    middle = own_world(GRID).inverse().matrix
+    grid = Grid(GRID.shape, middle @ GRID.affine)
+    assert torch.equal(completed(data, given, grid).labels, whole)
+    assert bool((data.labels[1] == -1).all())
+
+
 def trained_on_discs(dropout: float = 0.0) -> TrainedSegmenter:
     data = cohort(6)
     trained = TrainedSegmenter.build(GRID, SegmenterSettings("unet", dropout), data.codes, {1: "ring", 2: "core"})
@@ -432,13 +446,14 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_labelled_scan_and_others_without_labels(tmp_path: Path) -> None:
-    """By transforms that are learned from the others; more is labelled right than by the labels as they are."""
+@pytest.mark.parametrize("examples", ["one-shot", "carried"])
+def test_one_labelled_scan_and_others_without_labels(examples: str, tmp_path: Path) -> None:
+    """By transforms that are learned from the others, or labels that are carried; more is labelled right than by the labels as they are."""
     path = write_table(tmp_path, 6)
     table = pd.read_csv(path, sep="\t")
     table["labels"] = table["labels"].where(table.index == 0)
     table.to_csv(path, sep="\t", index=False, na_rep="n/a")
-    options = ["train", "segmentation", "--data", str(path), "--examples", "one-shot", "-o", str(tmp_path / "run"), "--device", "cpu"]
+    options = ["train", "segmentation", "--data", str(path), "--examples", examples, "-o", str(tmp_path / "run"), "--device", "cpu"]
     said(*options, "--steps", "150", "--learning-rate", "0.005", "--every", "150")
     assert len(list((tmp_path / "run" / "registrations").iterdir())) == 5
     trained = TrainedSegmenter.load(tmp_path / "run")
@@ -452,7 +467,7 @@ def test_one_labelled_scan_and_others_without_labels(tmp_path: Path) -> None:
     assert min(right) > 0.9 and sum(right) > sum(copied) + 0.4
     two = pd.read_csv(write_table(tmp_path, 3, "all.tsv"), sep="\t")
     two.to_csv(tmp_path / "all.tsv", sep="\t", index=False)
-    line = said("train", "segmentation", "--data", str(tmp_path / "all.tsv"), "--examples", "one-shot", "-o", str(tmp_path / "no"), code=2)
+    line = said("train", "segmentation", "--data", str(tmp_path / "all.tsv"), "--examples", examples, "-o", str(tmp_path / "no"), code=2)
     assert "has 3 scans with labels and 0 without" in line
 
 

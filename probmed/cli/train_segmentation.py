@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from probmed.cli import progress
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, check_run, make_folder
-from probmed.models.one_shot import TransformedScan
 from probmed.tables import read_table
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan
 from probmed.workflows.growth import Registered, Registrations
-from probmed.workflows.one_shot import model_of
+from probmed.workflows.one_shot import carried, model_of
 from probmed.workflows.registration import RegistrationSettings
 
 
@@ -39,6 +38,12 @@ class Examples(str, Enum):
     scans = "scans"
     contrasts = "contrasts"
     one_shot = "one-shot"
+    carried = "carried"
+
+    @property
+    def of_one(self) -> bool:
+        """Whether one scan has labels and the others none."""
+        return self in (Examples.one_shot, Examples.carried)
 
 
 def segmentation(
@@ -53,7 +58,11 @@ def segmentation(
     names: Annotated[Path | None, typer.Option(help='JSON file with the labels\' names, {"1": "GM", …}.', show_default=False)] = None,
     network: Annotated[Network, typer.Option(help="The network's body.")] = Network.unet,
     examples: Annotated[
-        Examples, typer.Option(help="The scans; their labels' shapes in random contrasts; or draws of one scan, changed as others differ.")
+        Examples,
+        typer.Option(
+            help="The scans; their labels' shapes in random contrasts; draws of one scan, changed as others differ; "
+            "or all scans, with the labels of one carried to them."
+        ),
     ] = Examples.scans,
     augment: Annotated[bool, typer.Option(help="Change shape and appearance of examples at random.")] = True,
     dropout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of features that training leaves out.")] = 0.0,
@@ -71,8 +80,9 @@ def segmentation(
 ) -> None:
     """Train a segmentation network on a table of labelled scans.
 
-    With --examples one-shot one scan has labels and the others none: it is registered to them, and the network is
-    trained on draws of the one with transforms distributed like those that were found.
+    With --examples one-shot and carried one scan has labels and the others none: it is registered to them, and the
+    network is trained on draws of the one with transforms distributed like those that were found, or on all scans
+    with the labels that registration carries to them.
     Into the folder go checkpoint.safetensors, log.csv, network.safetensors and network.json. A run that was
     stopped goes on with --resume and ends in the same numbers.
 
@@ -103,10 +113,14 @@ def segmentation(
             codes = cohort.codes
             checked = None if held is None else amortisation.read_cohort(held, data, grid=grid, codes=codes, least=1)[0].to(fabric.device)
             change = sets.Augmentation() if augment else None
+            found = (_kept(Registrations(out / "registrations", seed=seed, device=device.value)), lambda share: tell("registering", share))
             if examples is Examples.one_shot:
-                model = _one_shot(training_rows, data, codes, Registrations(out / "registrations", seed=seed, device=device.value), tell)
+                scan, one, others = _one_and_others(training_rows, data)
+                model = model_of(scan, one, others, codes, *found)
                 drawn = sets.on_grid(sets.one_shot([model], batch, change), model.grid, grid)
             else:
+                if examples is Examples.carried:
+                    cohort = sets.completed(cohort, carried(*_one_and_others(training_rows, data), *found), grid)
                 cohort = cohort.to(fabric.device)
                 images, labels = cohort.images, cohort.labels
                 if examples is Examples.contrasts:
@@ -160,24 +174,22 @@ def _check_labels(labels: Tensor, source: Path, examples: Examples) -> None:
         UnusableInput: where scans lack labels, or, for one-shot learning, not all but one do.
     """
     known = (labels >= 0).flatten(1).all(1)
-    if examples is not Examples.one_shot and not bool(known.all()):
-        raise UnusableInput(source, "has scans without labels", "give labels to each, leave the scan out, or use --examples one-shot")
-    if examples is Examples.one_shot and (int(known.sum()) != 1 or len(known) < 3):
+    if not examples.of_one and not bool(known.all()):
+        raise UnusableInput(source, "has scans without labels", "give labels to each, leave the scan out, or use --examples one-shot or carried")
+    if examples.of_one and (int(known.sum()) != 1 or len(known) < 3):
         fault = f"has {int(known.sum())} scans with labels and {int((~known).sum())} without"
         raise UnusableInput(source, fault, "give one with labels, and two or more without")
 
 
-def _one_shot(table: pd.DataFrame, source: Path, codes: Sequence[int], kept: Registrations, tell: Callable[[str, float], None]) -> TransformedScan:
-    """The model of the labelled scan."""
+def _one_and_others(table: pd.DataFrame, source: Path) -> tuple[Volume, Volume, list[Volume]]:
+    """The labelled scan, its labels, and the scans without."""
     one = table["labels"].notna()
-    path = source.parent / str(table["scan"][one].iloc[0])
-    scan, labels = read_scan(path), read_labels(source.parent / str(table["labels"][one].iloc[0]))
-    others = [read_scan(source.parent / str(name)) for name in table["scan"][~one]]
+    scan, labels = read_scan(source.parent / str(table["scan"][one].iloc[0])), read_labels(source.parent / str(table["labels"][one].iloc[0]))
+    return scan, labels, [read_scan(source.parent / str(name)) for name in table["scan"][~one]]
 
-    def registered(moving: Volume, fixed: Volume) -> Registered:
-        return kept(moving, fixed, RegistrationSettings())
 
-    return model_of(scan, labels, others, codes, registered, lambda share: tell("registering", share))
+def _kept(registrations: Registrations) -> Callable[[Volume, Volume], Registered]:
+    return lambda moving, fixed: registrations(moving, fixed, RegistrationSettings())
 
 
 def _names(path: Path) -> dict[int, str]:

@@ -28,7 +28,6 @@ APPEARANCES = ("principal", "smooth", "none")
 _RANDOM_SD_MM, _RANDOM_LENGTH_MM = 2.0, 8.0  # of transforms that nothing was learned from
 
 
-
 class Found(Protocol):
     """A registration: its affine map and velocity, and both together."""
 
@@ -109,6 +108,30 @@ def model_of(
     """
     shares = torch.stack([(labels.data == code).float() for code in codes])
     return learned(estimate(scan, others, register, tell), shares)
+
+
+def carried(
+    scan: Volume,
+    labels: Volume,
+    others: Sequence[Volume],
+    register: Register,
+    tell: Callable[[float], None] = lambda share: None,
+) -> list[Volume]:
+    """The labels of one scan on others' voxels, the likeliest of each by linear interpolation: what a network is trained on as if they were drawn.
+
+    The errors of one registration are its own, and a network learns what many have in common.
+
+    Arguments:
+        labels: on the scan's grid. register: a moving volume onto a fixed one. tell: called with the share of the work done.
+    """
+    codes = labels.data.unique()
+    shares = torch.stack([(labels.data == code).float() for code in codes])
+    found = []
+    for number, other in enumerate(others):
+        moved = warp(shares, labels.grid, register(scan, other).transform, other.grid, fill="edge")
+        found.append(other.with_data(codes[moved.argmax(0)]))
+        tell((number + 1) / len(others))
+    return found
 
 
 def learned(

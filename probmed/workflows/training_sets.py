@@ -8,8 +8,8 @@ Draws are of PyTorch's global generator, which the training seeds for each step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from pyro import poutine
@@ -21,6 +21,8 @@ from probmed.models.one_shot import TransformedScan
 from probmed.models.segmentation import Segmentation
 from probmed.priors import SmoothVelocity
 from probmed.transforms import Velocity, warp
+from probmed.volumes import Volume
+from probmed.workflows.amortisation import Cohort, brought
 from probmed.workflows.cohorts import own_world
 
 Examples = Callable[[], tuple[Tensor, Tensor]]
@@ -89,6 +91,18 @@ def labelled(images: Tensor, labels: Tensor, grid: Grid, batch: int, augmentatio
         return found if augmentation is None else augmentation(*found, grid)
 
     return draw
+
+
+def completed(cohort: Cohort, labels: Sequence[Volume], grid: Grid) -> Cohort:
+    """A cohort whose scans without labels get these, in their order.
+
+    Arguments:
+        labels: label maps with the cohort's codes, on the scans' own voxels. grid: the cohort's.
+    """
+    codes, filled = torch.tensor(cohort.codes), cohort.labels.clone()
+    maps = [torch.searchsorted(codes, brought(volume, grid, labels=True).contiguous()) for volume in labels]
+    filled[(filled < 0).flatten(1).all(1)] = torch.stack(maps)
+    return replace(cohort, labels=filled)
 
 
 def one_shot(models: list[TransformedScan], batch: int, augmentation: Augmentation | None = None) -> Examples:
