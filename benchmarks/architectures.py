@@ -35,7 +35,7 @@ from probmed.workflows.amortisation import read_cohort
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
 from probmed.workflows.training_sets import Augmentation, labelled
 
-STEPS = 400
+STEPS, SLICE_STEPS = 400, 200
 FOLDS = 3
 TIMED = 8  # steps, after two that warm up; their median counts
 PATCHES = 512
@@ -69,7 +69,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                 for name in _wanted(names, only):
                     key, common = f"cost/{collection}/{name}", {"collection": collection, "method": name, "kind": "cost", "scans": scans}
                     rows += child_rows(log, "benchmarks.architectures", {**said, "method": name}, {key: None}, common, threads)
-    settings = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "folds": FOLDS, "threads": threads}
+    settings = {"steps": STEPS, "slice_steps": SLICE_STEPS, "batch": BATCH, "learning_rate": RATE, "folds": FOLDS, "threads": threads}
     return Table("architectures", rows, summarise(rows), notes(rows), settings, seed)
 
 
@@ -99,7 +99,7 @@ def _sliced(log: Log, kept: Path, name: str, limit: int | None, seed: int) -> li
         cohort, grid = read_cohort(labelled_table([path for path in paths if path not in paths[fold::FOLDS]]), data_folder() / "table.tsv")
         examples = partial(labelled, cohort.images, cohort.labels, grid, BATCH, Augmentation())
         untrained = TrainedSegmenter.build(grid, NETWORKS[name], cohort.codes, seed=seed)
-        trained = fitted(kept, f"{SLICES}, {name}, fold {fold}", untrained, examples, STEPS, seed)
+        trained = fitted(kept, f"{SLICES}, {name}, fold {fold}", untrained, examples, SLICE_STEPS, seed)
         for key, path in test.items():
             log.row(key, partial(score_slice, name, path, trained))
     return [log.rows[key] for key in keys]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.few_labels import ANSWERS, FEW, FULL, METHODS, Answer, Data, Method, answering, coverage, network, score
+from benchmarks.few_labels import ANSWERS, FULL, METHODS, REGISTRATION, SHAPES, Answer, Data, Method, answering, coverage, network, score
 from benchmarks.tables import Log, Row, Table
 from probmed.fields import GaussianField
 from probmed.simulation.contrasts import CONTRASTS as simulated
@@ -24,10 +24,11 @@ from probmed.simulation.contrasts import stream
 from probmed.volumes import Volume, read_scan, scaled
 from probmed.workflows.supervision import SegmenterSettings
 
+FEW = {REGISTRATION: 15, SHAPES: 8}  # test scans, the first ones, that methods are measured on which take seconds
 SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
-PASSES = 20
+PASSES = 10
 DROPOUT = 0.2
 Shift = Callable[[Tensor, Sequence[float], torch.Generator], Tensor]
 
@@ -106,7 +107,7 @@ def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Ask every method about every change of the test scans."""
-    settings = {"threads": threads, "scans_of_slow_methods": FEW, "members": MEMBERS, "passes": PASSES, "dropout": DROPOUT}
+    settings = {"threads": threads, "scans": FEW, "members": MEMBERS, "passes": PASSES, "dropout": DROPOUT}
     rows = answers(log, limit, MEASURED, SHIFTS, only, threads, seed)
     return Table("uncertainty", rows, summarise(rows, SHIFTS), "", settings, seed)
 
@@ -122,7 +123,7 @@ def answers(
         for name in names:
             if only and not any(word in name for word in only):
                 continue
-            paths = data.test[: FEW if name in ANSWERS else None]
+            paths = data.test[: FEW.get(name)]
             keys = {f"{name}/{shift}/{path.name[12:15]}": (shift, path) for shift in shifts for path in paths}
             if any(key not in log.rows for key in keys):
                 answer = several(data, name, seed)
