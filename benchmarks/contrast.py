@@ -11,7 +11,10 @@ from benchmarks.few_labels import FULL, REGISTRATION, SHAPES
 from benchmarks.tables import Log, Table
 from benchmarks.uncertainty import CONTRASTS, ENSEMBLE, FEW, answers, summarise
 
-METHODS = (REGISTRATION, SHAPES, "one label, carried to 60 scans", "one label, random contrasts", "all labels, random contrasts", "U-Net, 1 label", "U-Net, 10 labels", FULL, ENSEMBLE)
+METHODS = (
+    *(REGISTRATION, SHAPES, "one label, carried to 60 scans", "one label, random contrasts", "all labels, random contrasts"),
+    *("U-Net, 1 label", "U-Net, 10 labels", FULL, ENSEMBLE),
+)
 
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
