@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from probmed.cli import app
 from probmed.field_priors import FlowPrior, SmoothField
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
+from probmed.metrics import dice
 from probmed.models.one_shot import TransformedScan
 from probmed.models.segmentation import Segmentation
 from probmed.priors import AffinePrior, DeformableAtlas
@@ -469,6 +471,44 @@ def test_one_labelled_scan_and_others_without_labels(examples: str, tmp_path: Pa
     two.to_csv(tmp_path / "all.tsv", sep="\t", index=False)
     line = said("train", "segmentation", "--data", str(tmp_path / "all.tsv"), "--examples", examples, "-o", str(tmp_path / "no"), code=2)
     assert "has 3 scans with labels and 0 without" in line
+
+
+@pytest.mark.slow
+def test_every_scan_is_scored_by_a_network_that_has_not_seen_it(tmp_path: Path) -> None:
+    path = write_table(tmp_path, 6)
+    table = pd.read_csv(path, sep="\t").assign(fold=["a", "a", "b", "b", "c", "c"])
+    table.to_csv(path, sep="\t", index=False)
+    options = ["train", "segmentation", "--data", str(path), "--cross-validate", "--steps", "60", "--learning-rate", "0.01", "--device", "cpu"]
+    out = said(*options, "-o", str(tmp_path / "runs"))
+    scores = pd.read_csv(tmp_path / "runs" / "cross-validation.tsv", sep="\t")
+    assert dict(zip(scores["scan"], scores["fold"], strict=True)) == dict(zip(table["scan"], table["fold"], strict=True))
+    assert len(scores) == 12 and scores["dice"].min() > 0.8 and "Dice of scans that training did not see" in out
+    # What stands there is of the network of the scan's own fold.
+    row = scores[(scores["scan"] == "s3.nii.gz") & (scores["index"] == 7)].iloc[0]
+    trained = TrainedSegmenter.load(tmp_path / "runs" / "fold-b")
+    found = torch.tensor(trained.codes)[trained.probabilities(read_scan(tmp_path / "s3.nii.gz")).argmax(0)]
+    assert row["dice"] == pytest.approx(dice(found == 7, read_labels(tmp_path / table["labels"][3]).data == 7))
+    # A run whose later folds are missing goes on; one that is there is not replaced.
+    assert "holds a run already" in said(*options, "-o", str(tmp_path / "runs"), code=2)
+    shutil.rmtree(tmp_path / "runs" / "fold-c")
+    said(*options, "-o", str(tmp_path / "runs"), "--resume")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "runs" / "cross-validation.tsv", sep="\t"), scores)
+
+
+def test_what_cannot_be_cross_validated_gets_one_line(tmp_path: Path) -> None:
+    path = write_table(tmp_path, 3)
+    table = pd.read_csv(path, sep="\t")
+    options = ["train", "segmentation", "--data", str(path), "--cross-validate", "-o", str(tmp_path / "runs")]
+    assert "has no column fold" in said(*options, code=2)
+    refused = {"a b n/a": "without a fold", "a a a": "only scans of fold a", "a ../b a": "cannot name a folder"}
+    for folds, fault in refused.items():
+        table.assign(fold=folds.split()).to_csv(path, sep="\t", index=False, na_rep="n/a")
+        assert fault in said(*options, code=2)
+    table.assign(fold=["a", "b", "b"], labels=["n/a", *table["labels"][1:]]).to_csv(path, sep="\t", index=False, na_rep="n/a")
+    assert "scans of fold a without labels" in said(*options, code=2)
+    assert "leave out --cross-validate" in said(*options, "--examples", "carried", code=2)
+    assert "one of the two options" in said(*options, "--fold", "a", code=2)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_cannot_be_trained_on_or_used_gets_one_line(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,11 +78,16 @@ def remove_if_empty(folders: list[Path]) -> None:
 
 def check_run(out: Path, resume: bool) -> None:
     """A run is gone on with when asked for, and never replaced."""
-    found = (out / "checkpoint.safetensors").exists()
+    check_runs([out], resume)
+
+
+def check_runs(folders: Sequence[Path], resume: bool) -> None:
+    """As ``check_run``, of runs one after another, of which the later ones may not have begun."""
+    found = [folder for folder in folders if (folder / "checkpoint.safetensors").exists()]
     if found and not resume:
-        raise UnusableInput(out, "holds a run already", "go on with it by --resume, or give another folder with --out")
+        raise UnusableInput(found[0], "holds a run already", "go on with it by --resume, or give another folder with --out")
     if resume and not found:
-        raise UnusableInput(out, "holds no run to go on with", "leave out --resume, or give the run's folder with --out")
+        raise UnusableInput(folders[0], "holds no run to go on with", "leave out --resume, or give the run's folder with --out")
 
 
 def load_amortisation() -> Any:

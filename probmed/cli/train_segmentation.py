@@ -7,16 +7,16 @@ import json
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
 from torch import Tensor
 
 from probmed.cli import progress
-from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, check_run, make_folder
+from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, check_runs, make_folder
 from probmed.tables import read_table
-from probmed.volumes import UnusableInput, Volume, read_labels, read_scan
+from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan
 from probmed.workflows.growth import Registered, Registrations
 from probmed.workflows.one_shot import carried, model_of
 from probmed.workflows.registration import RegistrationSettings
@@ -55,6 +55,9 @@ def segmentation(
     fold: Annotated[
         str | None, typer.Option(help="Rows of this fold are left out of the training, score it, and calibrate the network.", show_default=False)
     ] = None,
+    cross_validate: Annotated[
+        bool, typer.Option("--cross-validate", help="Train once for each fold, and score each scan by the network that has not seen it.")
+    ] = False,
     names: Annotated[Path | None, typer.Option(help='JSON file with the labels\' names, {"1": "GM", …}.', show_default=False)] = None,
     network: Annotated[Network, typer.Option(help="The network's body.")] = Network.unet,
     examples: Annotated[
@@ -83,12 +86,15 @@ def segmentation(
     With --examples one-shot and carried one scan has labels and the others none: it is registered to them, and the
     network is trained on draws of the one with transforms distributed like those that were found, or on all scans
     with the labels that registration carries to them.
-    Into the folder go checkpoint.safetensors, log.csv, network.safetensors and network.json. A run that was
-    stopped goes on with --resume and ends in the same numbers.
+    Into the folder go checkpoint.safetensors, log.csv, network.safetensors and network.json; with --cross-validate
+    into fold-NAME in it, and cross-validation.tsv with a row for each scan and label. A run that was stopped goes on
+    with --resume and ends in the same numbers.
 
     [bold]Examples[/bold]
 
         probmed train segmentation --data scans.tsv --fold 1 -o run
+
+        probmed train segmentation --data scans.tsv --cross-validate -o runs
 
         probmed train segmentation --data one_label.tsv --examples one-shot -o run
 
@@ -96,31 +102,38 @@ def segmentation(
     """
     with progress.in_one_line(str(data), debug) as made:
         check_device(device)
-        check_run(out, resume)
+        if cross_validate and fold is not None:
+            raise UnusableInput(data, f"has fold {fold} for --fold, and all of them for --cross-validate", "give one of the two options")
+        if cross_validate and examples.of_one:
+            raise UnusableInput(data, f"has labels of one scan for --examples {examples.value}", "leave out --cross-validate")
         table, named = read_table(data), {} if names is None else _names(names)
-        training_rows, held = _parts(table, data, fold)
-        made += make_folder(out)
+        parts = {name: _parts(table, data, name) for name in (_folds(table, data) if cross_validate else (fold,))}
+        folders = {name: out / f"fold-{name}" if cross_validate else out for name in parts}
+        check_runs(list(folders.values()), resume)
+        for folder in folders.values():
+            made += make_folder(folder)
         supervision, sets, training_of, amortisation = (
             importlib.import_module(f"probmed.{name}")
             for name in ("workflows.supervision", "workflows.training_sets", "inference.training", "workflows.amortisation")
         )
         fabric = training_of.Fabric(accelerator="cuda" if device is Device.cuda else device.value, devices=1)
         fabric.launch()
-        with progress.collected_warnings([str(data)]), progress.progress_bar(out.name, quiet) as tell:
+        change = sets.Augmentation() if augment else None
+
+        def trained_on(rows: pd.DataFrame, held: pd.DataFrame | None, folder: Path, tell: Callable[[str, float], None]) -> tuple[Any, Any]:
+            """The network, and the last row of its log."""
             tell("reading", 0.0)
-            cohort, grid = amortisation.read_cohort(training_rows, data, spacing, least=1)
+            cohort, grid = amortisation.read_cohort(rows, data, spacing, least=1)
             _check_labels(cohort.labels, data, examples)
-            codes = cohort.codes
-            checked = None if held is None else amortisation.read_cohort(held, data, grid=grid, codes=codes, least=1)[0].to(fabric.device)
-            change = sets.Augmentation() if augment else None
-            found = (_kept(Registrations(out / "registrations", seed=seed, device=device.value)), lambda share: tell("registering", share))
+            checked = None if held is None else amortisation.read_cohort(held, data, grid=grid, codes=cohort.codes, least=1)[0].to(fabric.device)
+            found = (_kept(Registrations(folder / "registrations", seed=seed, device=device.value)), lambda share: tell("registering", share))
             if examples is Examples.one_shot:
-                scan, one, others = _one_and_others(training_rows, data)
-                model = model_of(scan, one, others, codes, *found)
+                scan, one, others = _one_and_others(rows, data)
+                model = model_of(scan, one, others, cohort.codes, *found)
                 drawn = sets.on_grid(sets.one_shot([model], batch, change), model.grid, grid)
             else:
                 if examples is Examples.carried:
-                    cohort = sets.completed(cohort, carried(*_one_and_others(training_rows, data), *found), grid)
+                    cohort = sets.completed(cohort, carried(*_one_and_others(rows, data), *found), grid)
                 cohort = cohort.to(fabric.device)
                 images, labels = cohort.images, cohort.labels
                 if examples is Examples.contrasts:
@@ -128,7 +141,7 @@ def segmentation(
                 else:
                     drawn = sets.labelled(images, labels, grid, batch, change)
             wanted = supervision.SegmenterSettings(network.value, dropout, adversary=adversary)
-            trained = supervision.TrainedSegmenter.build(grid, wanted, codes, {**amortisation.names_of(training_rows, data), **named}, seed)
+            trained = supervision.TrainedSegmenter.build(grid, wanted, cohort.codes, {**amortisation.names_of(rows, data), **named}, seed)
             trained.network.to(fabric.device)
 
             def report(row: dict[str, float], share: float) -> None:
@@ -139,15 +152,49 @@ def segmentation(
                 trained,
                 drawn,
                 training_of.TrainingSettings(steps, learning_rate, seed=seed, every=every),
-                folder=out,
+                folder=folder,
                 validation=checked,
                 fabric=fabric,
                 described={"scans": list(cohort.names), "examples": examples.value, "augment": augment, "batch": batch},
                 tell=report,
             )
-    if not quiet:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "nll"))
-        typer.echo(f"{out}: {int(log[-1]['step'])} steps, {numbers}")
+            return trained, log[-1]
+
+        scores = []
+        for name, (rows, held) in parts.items():
+            with progress.collected_warnings([str(data)]), progress.progress_bar(folders[name].name, quiet) as tell:
+                trained, last = trained_on(rows, held, folders[name], tell)
+                if cross_validate:
+                    tell("scoring", 1.0)
+                    scores.append(supervision.score(trained, held, data).assign(fold=name))
+            if not quiet:
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name in ("loss", "dice", "nll"))
+                typer.echo(f"{folders[name]}: {int(last['step'])} steps, {numbers}")
+        if scores:
+            whole = pd.concat(scores, ignore_index=True)
+            with atomic_write(out / "cross-validation.tsv") as path:
+                whole.to_csv(path, sep="\t", index=False, na_rep="n/a")
+            if not quiet:
+                each = whole.groupby("label", sort=False)["dice"].agg(["mean", "std"])
+                told = ", ".join(f"{label} {row['mean']:.3f} ± {row['std']:.3f}" for label, row in each.iterrows())
+                typer.echo(f"{out}: Dice of scans that training did not see: {told}")
+
+
+def _folds(table: pd.DataFrame, source: Path) -> list[str]:
+    """Names of all folds.
+
+    Raises:
+        UnusableInput: for no such column, rows without a fold, and names that cannot be a folder's.
+    """
+    if "fold" not in table.columns:
+        raise UnusableInput(source, f"has no column fold (it has {', '.join(map(str, table.columns))})", "give a column with that name")
+    if table["fold"].isna().any():
+        raise UnusableInput(source, "has scans without a fold", "give each a fold, or leave the scan out")
+    names = sorted(table["fold"].astype(str).unique())
+    for name in names:
+        if "/" in name or name in (".", ".."):
+            raise UnusableInput(source, f"has the fold {name!r}, which cannot name a folder", "give folds other names")
+    return names
 
 
 def _parts(table: pd.DataFrame, source: Path, fold: str | None) -> tuple[pd.DataFrame, pd.DataFrame | None]:
@@ -165,6 +212,8 @@ def _parts(table: pd.DataFrame, source: Path, fold: str | None) -> tuple[pd.Data
     if not own.any() or own.all():
         found = ", ".join(sorted(table["fold"].astype(str).unique()))
         raise UnusableInput(source, f"has {'no' if not own.any() else 'only'} scans of fold {fold} (it has {found})", "give one of several folds")
+    if table["labels"][own].isna().any():
+        raise UnusableInput(source, f"has scans of fold {fold} without labels, which score the others", "give each labels, or leave the scan out")
     return table[~own].reset_index(drop=True), table[own].reset_index(drop=True)
 
 
