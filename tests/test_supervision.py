@@ -40,6 +40,7 @@ from probmed.workflows.supervision import (
     soft_dice,
     train_segmenter,
 )
+from probmed.workflows.supervision_outputs import volumes_of
 from probmed.workflows.training_sets import Augmentation, completed, drawn_from, intensity_regions, labelled, one_shot, random_contrast
 
 GRID = Grid.from_spacing((24, 20), 2.0)
@@ -445,6 +446,45 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
         said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(run), "--draws", "4", "-o", str(tmp_path / run.name / "out"))
         volumes = pd.read_csv(tmp_path / run.name / "out" / "s0_volumes.tsv", sep="\t")
         assert (volumes["q025"] < volumes["q975"]).all()
+
+
+def test_volumes_vary_with_draws_and_with_the_labels_that_a_draw_leaves_open() -> None:
+    """Var V = Var E(V | draw) + E Σ p (1 − p), in ml; one answer alone has no interval."""
+    generator = torch.Generator().manual_seed(0)
+    size = 0.5 + 0.1 * torch.randn(4000, 1, 1, 1, generator=generator)
+    p = torch.cat([1 - size, size], 1).expand(-1, 2, *GRID.shape).clamp(0, 1)
+    table = volumes_of(p, {7: "ring"}, Volume.from_grid(torch.zeros(GRID.shape), GRID))
+    voxels, row = GRID.numel, table.iloc[0]
+    sd = math.sqrt((0.1 * voxels) ** 2 + voxels * (0.25 - 0.01)) * 4e-3
+    assert row["volume_ml"] == pytest.approx(0.5 * voxels * 4e-3, rel=0.01)
+    assert row["q975"] - row["q025"] == pytest.approx(2 * 1.96 * sd, rel=0.05)
+    same = volumes_of(torch.full((4000, 2, *GRID.shape), 0.5), {7: "ring"}, Volume.from_grid(torch.zeros(GRID.shape), GRID)).iloc[0]
+    assert same["q975"] - same["q025"] == pytest.approx(2 * 1.96 * math.sqrt(0.25 * voxels) * 4e-3, rel=0.05)
+    assert math.isnan(volumes_of(p[:1], {7: "ring"}, Volume.from_grid(torch.zeros(GRID.shape), GRID)).iloc[0]["q025"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_shapes_are_learned_from_label_maps_and_segment_scans_on_the_command_line(sign: float, tmp_path: Path) -> None:
+    """Of either contrast, for no scan is seen in training."""
+    path = write_table(tmp_path, 12)
+    table = pd.read_csv(path, sep="\t").drop(columns="scan").assign(fold=[1, 1, *[2] * 10])
+    table.to_csv(path, sep="\t", index=False)
+    (tmp_path / "names.json").write_text('{"7": "ring", "14": "the core"}')
+    run = tmp_path / "run"
+    options = ["train", "shapes", "--data", str(path), "--names", str(tmp_path / "names.json"), "-o", str(run), "--steps", "200", "--codes", "4"]
+    assert "of those left out" in said(*options, "--fold", "1")
+    assert "holds a run already" in said(*options, code=2)
+    image, labels = disc(30)
+    write_scan(tmp_path / "new.nii.gz", 2 + sign * image, Volume.from_grid(image, GRID))
+    out = said("segment", str(tmp_path / "new.nii.gz"), "--model", str(run), "--draws", "8", "-o", str(tmp_path / "out"))
+    assert "ring" in out and "the core" in out
+    found = read_labels(tmp_path / "out" / "new_dseg.nii.gz").data
+    assert float((found == 7 * labels).float().mean()) > 0.95
+    volumes = pd.read_csv(tmp_path / "out" / "new_volumes.tsv", sep="\t")
+    assert (volumes["q025"] < volumes["q975"]).all()
+    refused = said("segment", str(tmp_path / "new.nii.gz"), "--model", str(tmp_path), "-o", str(tmp_path / "no"), code=2)
+    assert "holds no segmentation network" in refused
 
 
 @pytest.mark.slow

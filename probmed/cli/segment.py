@@ -86,7 +86,7 @@ def segment(
     ],
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A model of `probmed models` (segmentation), or folders of networks, whose mean is taken.", show_default=False),
+        typer.Option(help="A model of `probmed models` (segmentation), or folders of networks or shapes, whose mean is taken.", show_default=False),
     ] = None,
     atlas: Annotated[
         Path | None,
@@ -177,14 +177,21 @@ def _networks(models: list[str]) -> tuple[Any, ...]:
         return ()
     unknown = [name for name in folders if not Path(name).is_dir()]
     if unknown or len(folders) < len(models):
-        remedy = f"use one of: {', '.join(ZOO)}, or the folder of `probmed train segmentation`"
+        remedy = f"use one of: {', '.join(ZOO)}, or the folder of `probmed train segmentation` or `shapes`"
         raise UnusableInput(f"--model {(unknown or models)[0]}", "there is no such model", remedy)
-    supervision = importlib.import_module("probmed.workflows.supervision")
-    found = tuple(supervision.TrainedSegmenter.load(Path(name)) for name in folders)
+    found = tuple(_trained(Path(name)) for name in folders)
     for folder, network in zip(folders, found, strict=True):
         if network.names != found[0].names:
             raise UnusableInput(folder, "is a network for other labels than the first", "give networks of the same labels")
     return found
+
+
+def _trained(folder: Path) -> Any:
+    """Of `probmed train segmentation`, or of `probmed train shapes`."""
+    if (folder / "shapes.json").exists():
+        shapes = importlib.import_module("probmed.workflows.shapes")
+        return shapes.ShapeSegmenter(shapes.TrainedShapes.load(folder))
+    return importlib.import_module("probmed.workflows.supervision").TrainedSegmenter.load(folder)
 
 
 def _by_networks(subject: Subject, request: Request, label: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from torch import Tensor
 
 from probmed.cli import progress
+from probmed.cli.labelled_tables import FoldOption, NamesOption, parts_of, read_names
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, check_runs, make_folder
 from probmed.tables import read_table
 from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan
@@ -52,13 +52,11 @@ def segmentation(
         typer.Option(help="Table (TSV or CSV) with columns scan and labels: paths, relative ones to the table; perhaps fold.", show_default=False),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; made if missing.", show_default=False)],
-    fold: Annotated[
-        str | None, typer.Option(help="Rows of this fold are left out of the training, score it, and calibrate the network.", show_default=False)
-    ] = None,
+    fold: FoldOption = None,
     cross_validate: Annotated[
         bool, typer.Option("--cross-validate", help="Train once for each fold, and score each scan by the network that has not seen it.")
     ] = False,
-    names: Annotated[Path | None, typer.Option(help='JSON file with the labels\' names, {"1": "GM", …}.', show_default=False)] = None,
+    names: NamesOption = None,
     network: Annotated[Network, typer.Option(help="The network's body.")] = Network.unet,
     examples: Annotated[
         Examples,
@@ -106,8 +104,8 @@ def segmentation(
             raise UnusableInput(data, f"has fold {fold} for --fold, and all of them for --cross-validate", "give one of the two options")
         if cross_validate and examples.of_one:
             raise UnusableInput(data, f"has labels of one scan for --examples {examples.value}", "leave out --cross-validate")
-        table, named = read_table(data), {} if names is None else _names(names)
-        parts = {name: _parts(table, data, name) for name in (_folds(table, data) if cross_validate else (fold,))}
+        table, named = read_table(data), {} if names is None else read_names(names)
+        parts = {name: parts_of(table, data, name) for name in (_folds(table, data) if cross_validate else (fold,))}
         folders = {name: out / f"fold-{name}" if cross_validate else out for name in parts}
         check_runs(list(folders.values()), resume)
         for folder in folders.values():
@@ -197,26 +195,6 @@ def _folds(table: pd.DataFrame, source: Path) -> list[str]:
     return names
 
 
-def _parts(table: pd.DataFrame, source: Path, fold: str | None) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """Rows for training, and those of the fold.
-
-    Raises:
-        UnusableInput: for columns that are missing, and a fold without scans or with all.
-    """
-    missing = [name for name in ("scan", "labels", *([] if fold is None else ["fold"])) if name not in table.columns]
-    if missing:
-        raise UnusableInput(source, f"has no column {missing[0]} (it has {', '.join(map(str, table.columns))})", "give a column with that name")
-    if fold is None:
-        return table, None
-    own = table["fold"].astype(str) == fold
-    if not own.any() or own.all():
-        found = ", ".join(sorted(table["fold"].astype(str).unique()))
-        raise UnusableInput(source, f"has {'no' if not own.any() else 'only'} scans of fold {fold} (it has {found})", "give one of several folds")
-    if table["labels"][own].isna().any():
-        raise UnusableInput(source, f"has scans of fold {fold} without labels, which score the others", "give each labels, or leave the scan out")
-    return table[~own].reset_index(drop=True), table[own].reset_index(drop=True)
-
-
 def _check_labels(labels: Tensor, source: Path, examples: Examples) -> None:
     """
     Raises:
@@ -239,14 +217,3 @@ def _one_and_others(table: pd.DataFrame, source: Path) -> tuple[Volume, Volume, 
 
 def _kept(registrations: Registrations) -> Callable[[Volume, Volume], Registered]:
     return lambda moving, fixed: registrations(moving, fixed, RegistrationSettings())
-
-
-def _names(path: Path) -> dict[int, str]:
-    """
-    Raises:
-        UnusableInput: where the file has no names of labels.
-    """
-    try:
-        return {int(code): str(name) for code, name in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UnusableInput(path, f"is no JSON of labels' names ({error})", 'give {"1": "name", …}') from error

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -412,11 +412,11 @@ def fit_scan(
 
 
 @torch.no_grad()
-def label_probabilities(model: Segmentation, fit: ShapeFit, image: Tensor, grid: Grid, draws: int = 20, seed: int = 0) -> Tensor:
-    """p(S_v = k | I), ``(K, *shape)``: the mean over draws of q(z)."""
+def label_draws(model: Segmentation, fit: ShapeFit, image: Tensor, grid: Grid, draws: int = 20, seed: int = 0) -> Tensor:
+    """p(S_v = k | I, z), ``(draws, K, *shape)``, of draws of q(z); their mean is p(S_v = k | I)."""
     with seeded(seed):
         drawn = fit.code.sample((draws,))
-    return torch.stack([model.label_posterior(fit.state | {"shape_code": z}, image, grid) for z in drawn]).mean(0)
+    return torch.stack([model.label_posterior(fit.state | {"shape_code": z}, image, grid) for z in drawn])
 
 
 def in_own_world(grid: Grid) -> Grid:
@@ -429,16 +429,18 @@ class SegmentedScan:
     """A scan's labels on its own voxels.
 
     Arguments:
-        probabilities: ``(K, *shape)``. labels: ``(*shape)``, as codes of label maps. fit: the posterior of its shape.
+        probabilities: ``(K, *shape)``, the mean over draws of the shape, ``(draws, K, *shape)``.
+        labels: ``(*shape)``, as codes of label maps. fit: the posterior of its shape.
     """
 
     probabilities: Tensor
+    draws: Tensor
     labels: Tensor
     fit: ShapeFit
 
 
 def segment_with_shapes(
-    trained: TrainedShapes, volume: Volume, *, model: Segmentation | None = None, steps: int = 100, seed: int = 0
+    trained: TrainedShapes, volume: Volume, *, model: Segmentation | None = None, steps: int = 100, draws: int = 20, seed: int = 0
 ) -> SegmentedScan:
     """Labels of a scan from a shape prior, whatever the scan's contrast.
 
@@ -450,5 +452,24 @@ def segment_with_shapes(
     model, grid = model or trained.model(), in_own_world(volume.grid)
     image = scaled(volume.data)[None].to(trained.log_atlas)
     fit = fit_scan(trained, image, grid, model=model, steps=steps, seed=seed)
-    probabilities = label_probabilities(model, fit, image, grid, seed=seed)
-    return SegmentedScan(probabilities, torch.tensor(trained.codes)[probabilities.argmax(0)], fit)
+    drawn = label_draws(model, fit, image, grid, draws, seed)
+    probabilities = drawn.mean(0)
+    return SegmentedScan(probabilities, drawn, torch.tensor(trained.codes)[probabilities.argmax(0)], fit)
+
+
+@dataclass(frozen=True)
+class ShapeSegmenter:
+    """A shape prior that is asked as a network is (``supervision.TrainedSegmenter``)."""
+
+    trained: TrainedShapes
+    draws: ClassVar[bool] = True
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Of codes but the first."""
+        return dict(zip(self.trained.codes[1:], self.trained.shapes.names[1:], strict=True))
+
+    def probabilities(self, volume: Volume, passes: int = 0, seed: int = 0) -> Tensor:
+        """p(label) on the scan's own voxels, ``(K, *shape)``, or of each of ``passes`` draws of its shape, ``(passes, K, *shape)``."""
+        found = segment_with_shapes(self.trained, volume, draws=passes or 20, seed=seed)
+        return found.draws if passes else found.probabilities

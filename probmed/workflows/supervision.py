@@ -294,10 +294,13 @@ def soft_dice(p: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 
 
 def score(trained: TrainedSegmenter, table: pd.DataFrame, source: Path) -> pd.DataFrame:
-    """How well scans are labelled, on their own voxels: a row a scan and label, with scan, index, label, volume_ml, dice, hd95_mm and volume_error (%).
+    """How well scans are labelled, on their own voxels.
 
     Arguments:
         table: columns ``scan`` and ``labels``: paths, relative ones to the table's folder. source: the table's path.
+
+    Returns:
+        A row a scan and label: index, label, volume_ml, dice, hd95_mm, volume_error (%) and scan.
 
     Returns:
         A row a scan and label: index, label, volume_ml, dice, hd95_mm, volume_error (%) and scan.

@@ -37,14 +37,17 @@ def network_names(stem: str, labels: Sequence[str]) -> dict[str, str]:
 
 
 def volumes_of(probabilities: Tensor, names: dict[int, str], scan: Volume) -> pd.DataFrame:
-    """``interval_table`` in ml.
+    """``interval_table`` in ml: its draws are those of the probabilities, and of each one's labels, voxels being independent given it.
 
     Arguments:
-        probabilities: of passes or networks, ``(N, K, *shape)``, background first; with one of them there are no intervals.
+        probabilities: of passes, draws or networks, ``(N, K, *shape)``, background first; with one of them there are no intervals.
     """
     voxel_ml = scan.as_3d().grid.voxel_volume / 1000
-    each = probabilities[:, 1:].flatten(2).sum(-1).double() * voxel_ml
-    return interval_table(list(names), list(names.values()), each.mean(0), each if len(each) > 1 else each[:0])
+    p = probabilities[:, 1:].flatten(2).double()
+    means, sds = voxel_ml * p.sum(-1), voxel_ml * (p * (1 - p)).sum(-1).sqrt()
+    noise = torch.randn(means.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = (means + sds * noise).clamp_min(0.0)
+    return interval_table(list(names), list(names.values()), means.mean(0), drawn if len(drawn) > 1 else drawn[:0])
 
 
 def write_network_segmentation(
@@ -67,13 +70,13 @@ def write_network_segmentation(
     codes = torch.tensor([0, *names])
     described: dict[str, dict[str, Any]] = {
         "dseg": {"Description": "The likeliest label of each voxel.", "Labels": {name: code for code, name in names.items()}},
-        "volumes": described_table("Volumes, and their quantiles over passes or networks.", VOLUME_COLUMNS),
+        "volumes": described_table("Volumes, and their quantiles over passes, draws or networks.", VOLUME_COLUMNS),
     }
     with staged(folder, stem) as stage:
         write_labels(stage / files["dseg"], codes[mean.argmax(0)], scan)
         for name, p in zip(names.values(), mean[1:], strict=True):
             write_scan(stage / files[f"probability {name}"], p, scan)
-            described[f"probability {name}"] = {"Description": f"Probability of {name}, by a network."}
+            described[f"probability {name}"] = {"Description": f"Probability of {name}."}
         rows = pd.DataFrame({"index": list(names), "name": list(names.values())})
         (stage / files["labels"]).write_text(rows.to_csv(sep="\t", index=False, lineterminator="\n"), encoding="utf-8")
         (stage / files["volumes"]).write_text(table_text(table[list(VOLUME_COLUMNS)]), encoding="utf-8")
