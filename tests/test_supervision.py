@@ -26,10 +26,12 @@ from probmed.metrics import dice
 from probmed.models.one_shot import TransformedScan
 from probmed.models.segmentation import Segmentation
 from probmed.priors import AffinePrior, DeformableAtlas
+from probmed.report import network_page
 from probmed.segmentation_networks import NETWORKS, Encoder, ProbabilisticUNet, VoxelWise, normal
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, write_labels, write_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.cohorts import own_world
+from probmed.workflows.provenance import Provenance
 from probmed.workflows.supervision import (
     SegmenterSettings,
     TrainedSegmenter,
@@ -40,7 +42,7 @@ from probmed.workflows.supervision import (
     soft_dice,
     train_segmenter,
 )
-from probmed.workflows.supervision_outputs import volumes_of
+from probmed.workflows.supervision_outputs import Labelled
 from probmed.workflows.training_sets import Augmentation, completed, drawn_from, intensity_regions, labelled, one_shot, random_contrast
 
 GRID = Grid.from_spacing((24, 20), 2.0)
@@ -438,6 +440,8 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
     volumes = pd.read_csv(tmp_path / "out" / "s0_volumes.tsv", sep="\t")
     assert volumes["volume_ml"].tolist() == pytest.approx([float(x.sum()) * 4e-3 for x in p], rel=1e-3)
     assert volumes["q025"].isna().all()
+    page = (tmp_path / "out" / "s0_report.html").read_text(encoding="utf-8")
+    assert page.count("data:image") >= 2 and "One answer alone has no intervals" in page and "the core" in page
     dropped = tmp_path / "dropped"
     said(*options, "-o", str(dropped), "--dropout", "0.3", "--examples", "contrasts", "--names", str(tmp_path / "names.json"))
     drawn = tmp_path / "drawn"
@@ -453,14 +457,23 @@ def test_volumes_vary_with_draws_and_with_the_labels_that_a_draw_leaves_open() -
     generator = torch.Generator().manual_seed(0)
     size = 0.5 + 0.1 * torch.randn(4000, 1, 1, 1, generator=generator)
     p = torch.cat([1 - size, size], 1).expand(-1, 2, *GRID.shape).clamp(0, 1)
-    table = volumes_of(p, {7: "ring"}, Volume.from_grid(torch.zeros(GRID.shape), GRID))
-    voxels, row = GRID.numel, table.iloc[0]
+    scan = Volume.from_grid(torch.zeros(GRID.shape), GRID)
+    table, voxels = Labelled(scan, {7: "ring"}, p).volumes, GRID.numel
+    row = table.iloc[0]
     sd = math.sqrt((0.1 * voxels) ** 2 + voxels * (0.25 - 0.01)) * 4e-3
     assert row["volume_ml"] == pytest.approx(0.5 * voxels * 4e-3, rel=0.01)
     assert row["q975"] - row["q025"] == pytest.approx(2 * 1.96 * sd, rel=0.05)
-    same = volumes_of(torch.full((4000, 2, *GRID.shape), 0.5), {7: "ring"}, Volume.from_grid(torch.zeros(GRID.shape), GRID)).iloc[0]
+    same = Labelled(scan, {7: "ring"}, torch.full((4000, 2, *GRID.shape), 0.5)).volumes.iloc[0]
     assert same["q975"] - same["q025"] == pytest.approx(2 * 1.96 * math.sqrt(0.25 * voxels) * 4e-3, rel=0.05)
-    assert math.isnan(volumes_of(p[:1], {7: "ring"}, Volume.from_grid(torch.zeros(GRID.shape), GRID)).iloc[0]["q025"])
+    assert math.isnan(Labelled(scan, {7: "ring"}, p[:1]).volumes.iloc[0]["q025"])
+
+
+def test_a_scan_without_any_label_has_a_report() -> None:
+    scan = Volume.from_grid(torch.rand(GRID.shape), GRID)
+    nothing = torch.zeros(1, 3, *GRID.shape)
+    nothing[:, 0] = 1
+    page = network_page(Labelled(scan, {7: "ring", 14: "core"}, nothing), Provenance.of("probmed", 0, [], []), "s")
+    assert "ring" in page and page.count("data:image") >= 2
 
 
 @pytest.mark.slow

@@ -25,13 +25,13 @@ from probmed.cli.options import (
     remove_if_empty,
 )
 from probmed.models import ZOO
-from probmed.report import segmentation_page
+from probmed.report import network_page, segmentation_page
 from probmed.volumes import UnusableInput, bids_stem, read_scan
 from probmed.workflows import segmentation
 from probmed.workflows.outputs import check_outputs, output_names, write_segmentation
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult
-from probmed.workflows.supervision_outputs import network_names, write_network_segmentation
+from probmed.workflows.supervision_outputs import Labelled, network_names, write_network_segmentation
 
 
 @dataclass(frozen=True)
@@ -212,13 +212,16 @@ def _by_networks(subject: Subject, request: Request, label: str) -> str:
             p = network.probabilities(scan, passes, request.seed)
             found.append(p if passes else p[None])
             tell("segmenting", 0.9 * (number + 1) / len(request.networks))
+        result = Labelled(scan, names, torch.cat(found))
+        tell("writing", 0.9)
         provenance = Provenance.of(command_line(), request.seed, [subject.name], lines)
-        table = write_network_segmentation(torch.cat(found), names, scan, request.out, subject.stem, provenance, request.protect)
+        page = network_page(result, provenance, subject.stem)
+        write_network_segmentation(result, request.out, subject.stem, provenance, page, request.protect)
     if not request.quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")
-    volumes = ", ".join(f"{row['name']} {row['volume_ml']:.3g} ml" for row in table.to_dict("records"))
-    return f"{subject.name}: {volumes}\n  {request.out / (subject.stem + '_dseg.nii.gz')}"
+    volumes = ", ".join(f"{row['name']} {row['volume_ml']:.3g} ml" for row in result.volumes.to_dict("records"))
+    return f"{subject.name}: {volumes}\n  {request.out / (subject.stem + '_report.html')}"
 
 
 def segment_subject(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from probmed.report.palette import ACCENT, FAINT, INK, label_colours, rgb
+from probmed.report.palette import ACCENT, FAINT, INK, distinct, label_colours, rgb
 from probmed.report.panels import WIDTH, bare_axes, blank_figure, colour_bar, coloured, grey, name_sides, panels
 from probmed.report.planes import (
     Array,
@@ -25,8 +27,10 @@ from probmed.report.planes import (
     window,
 )
 from probmed.workflows.segmentation import SegmentationResult
+from probmed.workflows.supervision_outputs import Labelled
 
 _MARGIN_MM = 12.0
+_MANY = 6  # labels of a network whose probabilities are shown
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,34 @@ class View:
             colours=label_colours(result.names, result.colours, result.brain),
         )
 
+    @classmethod
+    def of_labels(cls, result: Labelled) -> View:
+        """Of what networks say: the scan without field; of many labels the probabilities of the largest."""
+        scan = result.scan.as_3d()
+        turn = Orientation.of(scan.affine)
+        labels, image = turn(result.labels.cpu().numpy()), turn(scan.data.cpu().numpy())
+        inside = labels > 0
+        box = bounding_box(inside, _MARGIN_MM, turn.spacing)
+        largest = sorted(result.volumes["volume_ml"].nlargest(_MANY).index)
+        names = list(result.names.values())
+        return cls(
+            scan=image,
+            labels=labels,
+            probabilities={names[k]: turn(result.probabilities[1 + k].cpu().numpy()) for k in largest},
+            entropy=turn(result.entropy.cpu().numpy()),
+            bias=[],
+            corrected=[],
+            scans=[image],
+            box=box,
+            planes=planes_through(centre_of(inside), box, labels.shape, turn.spacing),
+            spacing=turn.spacing,
+            index={name: code for code, name in result.names.items()},
+            colours=dict(zip(names, distinct(len(names)), strict=True)),
+        )
+
     @property
     def brain(self) -> Array:
-        """Probability of brain."""
+        """Probability of brain, or of the labels that are shown."""
         return np.asarray(sum(self.probabilities.values()))
 
 
@@ -190,16 +219,19 @@ def histogram(view: View, result: SegmentationResult, channel: int) -> Figure:
     axis.set_xlabel("corrected intensity")
     axis.set_ylabel("density")
     axis.set_yticks([])
-    axis.legend(frameon=False, fontsize=8.5)
+    axis.legend(loc="upper right", frameon=False, fontsize=8.5)
     bare_axes(axis)
     return figure
 
 
-def volumes(result: SegmentationResult, truth: dict[str, float] | None = None) -> Figure:
-    """Volumes with their 50, 80 and 95 % intervals, a row a label, each on an axis of its own."""
-    table = result.volumes.set_index("name")
-    names = [name for name in table.index if name in result.brain] or list(table.index)
-    colours = label_colours(result.names, result.colours, names)
+def volumes(volumes: pd.DataFrame, colours: Mapping[str, str], truth: Mapping[str, float] | None = None) -> Figure:
+    """Volumes with their 50, 80 and 95 % intervals, a row a label that has a colour, each on an axis of its own.
+
+    Arguments:
+        volumes: ``interval_table``.
+    """
+    table = volumes.set_index("name")
+    names = [name for name in table.index if name in colours]
     figure = blank_figure(WIDTH, 0.72 * len(names) + 0.35)
     height = 1 / len(names)
     for i, name in enumerate(names):

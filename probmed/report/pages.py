@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from probmed import __version__
 from probmed.report import comparison_figures, figures, growth_figures, pair_figures, rate_figures, template_figures
+from probmed.report.palette import label_colours
 from probmed.report.panels import data_uri
 from probmed.tables import Genotypes
 from probmed.workflows import rate_checks
@@ -31,6 +32,7 @@ from probmed.workflows.segmentation import SegmentationResult
 from probmed.workflows.shape_code_outputs import code_table
 from probmed.workflows.shape_codes import EQUATION as CODE_EQUATION
 from probmed.workflows.shape_codes import ShapeCodes
+from probmed.workflows.supervision_outputs import Labelled
 from probmed.workflows.template_outputs import scan_table
 from probmed.workflows.templates import TemplateResult
 
@@ -115,7 +117,7 @@ def segmentation_page(
     """
     view = figures.View.of(result)
     known = None if truth is None else {row["name"]: row["volume_ml"] for row in truth}
-    several = figures.slices(view)
+    shown = [name for name in result.volumes["name"] if name in result.brain] or list(result.volumes["name"])
     channels = []
     for number, volume in enumerate(result.channels):
         name = volume.path.name if volume.path is not None else f"channel {number + 1}"
@@ -131,12 +133,9 @@ def segmentation_page(
         title=title,
         version=__version__,
         summary=_summary(result),
-        legend=[(name, view.colours[name]) for name in result.brain],
-        segmentation=_image(figures.segmentation(view), "scan and labels in three planes"),
-        slices=None if several is None else _image(several, "labels over axial slices"),
-        posterior=_image(figures.posterior(view), "posterior probabilities and entropy"),
+        **_labels(view),
         channels=channels,
-        volumes=_image(figures.volumes(result, known), "volumes with intervals"),
+        volumes=_image(figures.volumes(result.volumes, label_colours(result.names, result.colours, shown), known), "volumes with intervals"),
         table=_volume_rows(result.volumes, truth),
         truth=truth is not None,
         convergence=_image(figures.convergence(result), "gain of each round"),
@@ -154,11 +153,44 @@ def segmentation_page(
             "remarks": [*result.quality["remarks"]],
         },
         tempering=f"{result.tempering:.3f}",
-        draws=len(result.volume_draws),
+        drawn=f"{len(result.volume_draws)} joint draws of appearance, bias field, deformation and labels",
         equation=[_marked_up(line) for line in re.split(r",\s{2,}", result.equation)],
         symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _SYMBOLS],
         provenance=provenance,
     )
+
+
+def network_page(result: Labelled, provenance: Provenance, title: str) -> str:
+    """The report of a scan that networks have labelled, as HTML, with its images inside.
+
+    Arguments:
+        title: the scan's name.
+    """
+    view, count = figures.View.of_labels(result), len(result.answers)
+    shape = " × ".join(str(n) for n in result.scan.shape)
+    spacing = " × ".join(f"{s:.3g}" for s in result.scan.spacing)
+    return _TEMPLATES.get_template("network.html").render(
+        title=title,
+        version=__version__,
+        summary=[("voxels", f"{shape}, {spacing} mm"), ("answers", str(count))],
+        **_labels(view),
+        volumes=_image(figures.volumes(result.volumes, view.colours), "volumes with intervals") if count > 1 else None,
+        table=_volume_rows(result.volumes, None),
+        truth=False,
+        drawn=f"{count} answers of passes, draws or networks, and what each leaves open",
+        provenance=provenance,
+    )
+
+
+def _labels(view: figures.View) -> dict[str, Any]:
+    """What ``label_images.html`` and ``label_probabilities.html`` show."""
+    several = figures.slices(view)
+    return {
+        "legend": list(view.colours.items()),
+        "segmentation": _image(figures.segmentation(view), "scan and labels in three planes"),
+        "slices": None if several is None else _image(several, "labels over axial slices"),
+        "posterior": _image(figures.posterior(view), "posterior probabilities and entropy"),
+    }
 
 
 def registration_page(result: RegistrationResult, provenance: Provenance, title: str, propagation: Propagation | None = None) -> str:

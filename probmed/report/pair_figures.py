@@ -225,7 +225,7 @@ def ascent(result: RegistrationResult) -> Figure | None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("iteration")
     axis.set_ylabel("gain in log joint, nats")
-    axis.legend(frameon=False, fontsize=8.5)
+    axis.legend(loc="upper right", frameon=False, fontsize=8.5)
     bare_axes(axis)
     return figure
 

@@ -1,12 +1,14 @@
 """A scan that a network has segmented, as files: BIDS derivatives, all of them or none.
 
-Of ``sub-01_T1w.nii.gz``: ``_dseg.nii.gz`` with ``_dseg.tsv``, ``_label-X_probseg.nii.gz`` for each label, ``_volumes.tsv``, and a ``.json`` beside
-each. Volumes are sums of probabilities; their intervals are of passes with dropout, or of several networks, where there are any.
+Of ``sub-01_T1w.nii.gz``: ``_dseg.nii.gz`` with ``_dseg.tsv``, ``_label-X_probseg.nii.gz`` for each label, ``_volumes.tsv``, a ``.json`` beside each,
+and ``_report.html``. Volumes are sums of probabilities; their intervals are of passes with dropout, or of several networks, where there are any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,56 +31,77 @@ from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import interval_table
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """What networks make of a scan.
+
+    Arguments:
+        names: of the labels' codes, in the networks' order, background left out.
+        answers: of passes, draws or networks, ``(N, K, *shape)``, background first.
+    """
+
+    scan: Volume
+    names: dict[int, str]
+    answers: Tensor
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Their mean, ``(K, *shape)``."""
+        return self.answers.mean(0)
+
+    @property
+    def labels(self) -> Tensor:
+        """The likeliest code of each voxel."""
+        return torch.tensor([0, *self.names])[self.probabilities.argmax(0)]
+
+    @property
+    def entropy(self) -> Tensor:
+        """Of each voxel, nats."""
+        return torch.special.entr(self.probabilities).sum(0)
+
+    @cached_property
+    def volumes(self) -> pd.DataFrame:
+        """``interval_table`` in ml: draws of the answers, and of each one's labels, voxels being independent given it; one answer has none."""
+        voxel_ml = self.scan.as_3d().grid.voxel_volume / 1000
+        p = self.answers[:, 1:].flatten(2).double()
+        means, sds = voxel_ml * p.sum(-1), voxel_ml * (p * (1 - p)).sum(-1).sqrt()
+        noise = torch.randn(means.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        drawn = (means + sds * noise).clamp_min(0.0)
+        return interval_table(list(self.names), list(self.names.values()), means.mean(0), drawn if len(drawn) > 1 else drawn[:0])
+
+
 def network_names(stem: str, labels: Sequence[str]) -> dict[str, str]:
     """Names of all files of a scan: what it is → name."""
     names = {"dseg": f"{stem}_dseg.nii.gz", "labels": f"{stem}_dseg.tsv"}
     names |= {f"probability {label}": f"{stem}_label-{entity(label, labels)}_probseg.nii.gz" for label in labels}
-    return names | {"volumes": f"{stem}_volumes.tsv"}
-
-
-def volumes_of(probabilities: Tensor, names: dict[int, str], scan: Volume) -> pd.DataFrame:
-    """``interval_table`` in ml: its draws are those of the probabilities, and of each one's labels, voxels being independent given it.
-
-    Arguments:
-        probabilities: of passes, draws or networks, ``(N, K, *shape)``, background first; with one of them there are no intervals.
-    """
-    voxel_ml = scan.as_3d().grid.voxel_volume / 1000
-    p = probabilities[:, 1:].flatten(2).double()
-    means, sds = voxel_ml * p.sum(-1), voxel_ml * (p * (1 - p)).sum(-1).sqrt()
-    noise = torch.randn(means.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = (means + sds * noise).clamp_min(0.0)
-    return interval_table(list(names), list(names.values()), means.mean(0), drawn if len(drawn) > 1 else drawn[:0])
+    return names | {"volumes": f"{stem}_volumes.tsv", "report": f"{stem}_report.html"}
 
 
 def write_network_segmentation(
-    probabilities: Tensor, names: dict[int, str], scan: Volume, folder: Path, stem: str, provenance: Provenance, protect: Iterable[Path] = ()
-) -> pd.DataFrame:
+    result: Labelled, folder: Path, stem: str, provenance: Provenance, page: str, protect: Iterable[Path] = ()
+) -> None:
     """Write every file of a scan into a folder, which has to exist.
 
     Arguments:
-        probabilities: ``(N, K, *shape)``, as ``volumes_of`` has them. names: of the labels' codes, in the network's order.
-
-    Returns:
-        The volumes.
+        page: ``network_page``.
 
     Raises:
         UnusableInput: where a file would replace an input or one that probmed did not write, or cannot be written; then none is.
     """
+    names, scan = result.names, result.scan
     files = network_names(stem, list(names.values()))
     check_outputs(folder, with_sidecars(files), stem, protect)
-    mean, table = probabilities.mean(0), volumes_of(probabilities, names, scan)
-    codes = torch.tensor([0, *names])
     described: dict[str, dict[str, Any]] = {
         "dseg": {"Description": "The likeliest label of each voxel.", "Labels": {name: code for code, name in names.items()}},
         "volumes": described_table("Volumes, and their quantiles over passes, draws or networks.", VOLUME_COLUMNS),
     }
     with staged(folder, stem) as stage:
-        write_labels(stage / files["dseg"], codes[mean.argmax(0)], scan)
-        for name, p in zip(names.values(), mean[1:], strict=True):
+        write_labels(stage / files["dseg"], result.labels, scan)
+        for name, p in zip(names.values(), result.probabilities[1:], strict=True):
             write_scan(stage / files[f"probability {name}"], p, scan)
             described[f"probability {name}"] = {"Description": f"Probability of {name}."}
         rows = pd.DataFrame({"index": list(names), "name": list(names.values())})
         (stage / files["labels"]).write_text(rows.to_csv(sep="\t", index=False, lineterminator="\n"), encoding="utf-8")
-        (stage / files["volumes"]).write_text(table_text(table[list(VOLUME_COLUMNS)]), encoding="utf-8")
+        (stage / files["volumes"]).write_text(table_text(result.volumes[list(VOLUME_COLUMNS)]), encoding="utf-8")
+        (stage / files["report"]).write_text(page, encoding="utf-8")
         write_sidecars(stage, files, described, provenance)
-    return table
