@@ -1,5 +1,5 @@
 """Longitudinal models from a hundred to a hundred thousand people: seconds and memory of one likelihood with its gradient, of relationships between
-people from their genotypes, and of estimating variance components.
+people from their genotypes, of estimating variance components, and of an epoch of an autoencoder whose codes have a process prior.
 
 Each row is measured in a process of its own: ``python -m benchmarks.scaling ORDER``.
 """
@@ -21,15 +21,19 @@ from typing import Any
 import bed_reader
 import numpy as np
 import torch
+from gpytorch.kernels import RBFKernel
 from torch import Tensor
 
+from benchmarks.gp_prior_vae import CODES, Decoder, Encoder
 from benchmarks.registration_sizes import peak_gib
 from benchmarks.runs import child_rows
 from benchmarks.tables import Log, Row, Table
 from benchmarks.tissue import data_folder
+from probmed.inference.gp_prior import GlobalWeights, accumulated_loss, exact_loss
 from probmed.inference.reml import ChangeData, fit_components, log_likelihood
 from probmed.kernels import StackedCovariance, VisitSums
 from probmed.kernels import Visits as Rows
+from probmed.models.gp_prior_vae import CodePrior, Cohort, GPPriorGuide, GPPriorVAE, Inducing, Linear, PixelNormal, Slope
 from probmed.slopes import DenseKernels, FeatureKernels, FollowUps
 from probmed.tables import Genotypes
 
@@ -41,7 +45,10 @@ SNPS = (1000, 10_000, 100_000)
 GENOTYPED = 1000  # people of those rows
 REPETITIONS = 5  # of which the median counts; 1 where one takes over ten seconds
 REAL_FREQUENCY = 0.01
+MARKERS, POINTS = 64, 32  # linear features and inducing points of the autoencoder's prior
+BATCHES = 10  # of people in an epoch
 DENSE, LOW_RANK, STACKED, SUMS = "rates, dense kernel", "rates, features", "all visits, features", "all visits, sums of visits"
+WHOLE, IN_PARTS, IN_BATCHES = "autoencoder, everyone at once", "autoencoder, accumulated", f"autoencoder, {BATCHES} batches of people"
 RELATED, REAL = "relationship from a PLINK file", "components of 957 people, 14,079 SNPs"
 OURS, PEER = "probmed", "glimix-core"
 
@@ -49,6 +56,7 @@ OURS, PEER = "probmed", "glimix-core"
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Measure every objective at every size."""
     sizes = {DENSE: EXACT, LOW_RANK: PEOPLE, STACKED: PEOPLE, SUMS: PEOPLE, RELATED: SNPS}
+    sizes |= {WHOLE: PEOPLE[:-1], IN_PARTS: PEOPLE, IN_BATCHES: PEOPLE}
     cases = [(what, size, OURS) for what, several in sizes.items() for size in several[:limit]]
     if (data_folder() / "hapmap3").exists():
         cases += [(REAL, 957, OURS), (REAL, 957, PEER)]
@@ -64,9 +72,9 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
 
 
 NOTES = (
-    f"A likelihood with its gradient in all variance components, {VISITS} visits a person, {FEATURES} features where there are features. Once: what "
-    "is made before it, such as sums and the decomposition of a kernel. Growth: of seconds, for ten times the size. Peak: largest resident memory of "
-    "the process, imports and data included."
+    f"A likelihood with its gradient in all variance components, {VISITS} visits a person, {FEATURES} features where there are features; of "
+    f"autoencoders an epoch, with {CODES} codes, {MARKERS} features and {POINTS} inducing points. Once: what is made before it, such as sums and the "
+    "decomposition of a kernel. Growth: of seconds, for ten times the size. Peak: largest resident memory of the process, imports and data included."
 )
 
 Measured = tuple[Callable[[], object], dict[str, float]]
@@ -125,6 +133,33 @@ def repeated(likelihood: Callable[[Tensor], Tensor], count: int) -> Callable[[],
     return lambda: torch.autograd.grad(likelihood(components), components)
 
 
+def autoencoder(size: int, generator: torch.Generator, loss: str) -> Measured:
+    """−ELBO of 8 × 8 images with its gradient: features of people, a kernel at inducing points, and a slope of each person's own."""
+    seen, _ = visits(size, generator)
+    years = torch.cat([torch.zeros(size, 1), seen.delta.reshape(size, VISITS - 1).float()], 1)[..., None]
+    clinic = torch.randn(size, VISITS, 2, generator=generator)
+    markers = torch.randn(size, 1, MARKERS, generator=generator).expand(-1, VISITS, -1)
+    cohort = Cohort(torch.ones(size, VISITS, dtype=torch.bool), {"genes": markers, "clinic": clinic, "years": years / years.square().mean().sqrt()})
+    points = torch.randn(POINTS, 2, generator=generator)
+    prior = CodePrior(CODES, {"genes": Linear(), "clinic": Inducing(RBFKernel(), points), "years": Slope()})
+    model = GPPriorVAE(prior, Decoder(), PixelNormal())
+    guide = GPPriorGuide(model, Encoder())
+    images = torch.randn(size, VISITS, 8, 8, generator=generator)
+    weights = GlobalWeights(CODES, MARKERS + POINTS)
+    parameters = [*model.parameters(), *guide.encoder.parameters()]
+
+    def epoch() -> None:
+        if loss == WHOLE:
+            torch.autograd.grad(exact_loss(model, guide, cohort, images), parameters)
+        elif loss == IN_PARTS:
+            torch.autograd.grad(accumulated_loss(model, guide, cohort, images, max(1, size // BATCHES)), parameters)
+        else:
+            for people in torch.arange(size).chunk(BATCHES):
+                torch.autograd.grad(weights.loss(model, guide, cohort, images, people), parameters)
+
+    return epoch, {}
+
+
 def relationship(snps: int, generator: torch.Generator, folder: Path) -> Measured:
     """The genetic relationship of people in a file that is read in chunks."""
     seed = int(torch.randint(2**31, (), generator=generator))
@@ -180,6 +215,7 @@ def measure(what: str, size: int, method: str, seed: int, folder: Path) -> Row:
         LOW_RANK: lambda: rates(size, generator, dense=False),
         STACKED: lambda: all_visits(size, generator),
         SUMS: lambda: sums_of_visits(size, generator),
+        **{what: functools.partial(autoencoder, size, generator, what) for what in (WHOLE, IN_PARTS, IN_BATCHES)},
         RELATED: lambda: relationship(size, generator, folder),
         REAL: components_by_glimix if method == PEER else components_of_real_people,
     }

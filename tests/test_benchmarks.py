@@ -351,6 +351,22 @@ def test_a_likelihood_of_a_size_has_a_gradient(prepare: Callable[[int, torch.Gen
     assert all(gradient.isfinite().all() and (gradient != 0).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("loss", [scaling.WHOLE, scaling.IN_PARTS, scaling.IN_BATCHES])
+def test_an_epoch_of_an_autoencoder_goes_through_everyone(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every person's images enter a gradient, each once but where images pass the networks twice."""
+    seen: list[int] = []
+    encode = GPPriorGuide.encode
+
+    def counted(self: Any, cohort: Any, images: Tensor) -> Any:
+        seen.append(len(images))
+        return encode(self, cohort, images)
+
+    monkeypatch.setattr(GPPriorGuide, "encode", counted)
+    epoch, _ = scaling.autoencoder(20, torch.Generator().manual_seed(0), loss)
+    epoch()
+    assert sum(seen) == (40 if loss == scaling.IN_PARTS else 20)
+
+
 def test_growth_is_for_ten_times_the_size() -> None:
     common = {"method": scaling.OURS, "fastest": 1.0, "slowest": 2.0, "peak_gib": 1.0}
     rows = [{"what": "x", "size": size, "seconds": seconds, **common} for size, seconds in ((100, 1.0), (1000, 10.0), (5000, 50.0))]
