@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from probmed.atlases import default_atlas
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
+from probmed.models.gp_prior_vae import GPPriorGuide
 from probmed.simulation import simulate_subject
 from probmed.transforms import Affine, Displacement
 from probmed.volumes import Volume, write_scan
