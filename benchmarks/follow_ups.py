@@ -1,13 +1,14 @@
-"""Follow-up scans of people who were seen once: hippocampi of real people that shrink at rates which are made up.
+"""Follow-up scans of people who were seen once: bodies that shrink at rates which are made up, hippocampi of real people or wholly simulated.
 
-Each person's scan of `msd_hippocampus` is the baseline. A flow towards the middle of the labels shrinks them by one per cent of volume in a unit of
-time; at later visits the scan and its labels are carried by it for the person's rate times the years, and noise is added. Rates depend on genotypes
-(simulated, half of their variance), age and education (a fifth, not linearly) and the person. Some people have two follow-ups and are trained on, the
-others the baseline alone.
+Each person's scan of `msd_hippocampus`, or a draw of a deformed body, is the baseline. A flow towards the middle of the labels shrinks them by one
+per cent of volume in a unit of time; at later visits the scan and its labels are carried by it for the person's rate times the years, and noise is
+added. Rates depend on genotypes (simulated, half of their variance), age and education (a fifth, not linearly) and the person. Some people have two
+follow-ups and are trained on, the others the baseline alone.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,9 @@ from benchmarks.tables import Log, Row, mean_sd
 from probmed.fields import GaussianField
 from probmed.grids import Grid
 from probmed.metrics import dice, normal_crps, paired_bootstrap
+from probmed.priors import SmoothVelocity
 from probmed.simulation import simulate_people
+from probmed.simulation.contrasts import stream
 from probmed.tables import Genotypes, Visits
 from probmed.transforms import Affine, Displacement, Velocity, physical_gradient, warp
 from probmed.volumes import Volume, read_labels, read_scan, scaled, write_labels, write_scan
@@ -48,6 +51,7 @@ COPY, MEAN, SCALAR = "baseline as it is", "mean change", "S15, each structure's 
 METHODS = (COPY, MEAN, SCALAR, GROWTH, CODES)
 LEVEL = 0.9
 FINER = 3
+SIMULATED_SHAPE, SEMI_AXES_MM = (32, 44, 30), (7.0, 14.0, 6.0)
 CODE_COUNTS = (1, 2, 4)
 
 
@@ -64,9 +68,8 @@ class Person:
     flow: Velocity
 
     @classmethod
-    def of(cls, path: Path) -> Person:
-        scan, labels = read_scan(path), read_labels(beside(path)).data
-        shares = torch.stack([(labels == k).float() for k in (0, *LABELS)])
+    def of(cls, scan: Volume, labels: Volume) -> Person:
+        shares = torch.stack([(labels.data == k).float() for k in (0, *LABELS)])
         return cls(scan, shares, shrinking(1 - shares[0], scan.grid))
 
     def at(self, log_change: float) -> Displacement:
@@ -93,6 +96,38 @@ def shrinking(inside: Tensor, grid: Grid) -> Velocity:
     return Velocity(grid, velocity * (-0.01 * inside.sum() / (divergence * inside).sum()))
 
 
+def real_bodies(count: int, seed: int) -> list[tuple[Volume, Volume]]:
+    """Scans with labels of `msd_hippocampus`, of training alone."""
+    train, _ = scans()
+    chosen = [train[int(index)] for index in np.random.default_rng(seed).permutation(len(train))[:count]]
+    return [(read_scan(path), read_labels(beside(path))) for path in chosen]
+
+
+def simulated_bodies(count: int, seed: int) -> list[tuple[Volume, Volume]]:
+    """An ellipsoid of two parts in a smooth surrounding, all deformed by a draw of the smooth prior for each body; noise."""
+    grid = Grid.from_spacing(SIMULATED_SHAPE, 1.0)
+    points = grid.coordinates()
+    inside = (points / torch.tensor(SEMI_AXES_MM)).square().sum(-1) < 1
+    labels = torch.where(inside, torch.where(points[..., 1] > 0, 1, 2), 0)
+    surrounding = GaussianField.from_sd(grid.shape, grid.spacing, 0.15, 5.0, 2.0).unwhiten(draw((1, *grid.shape), seed, "surrounding"))[0]
+    image = torch.where(labels == 0, 0.5 + surrounding, torch.where(labels == 1, 1.0, 0.85))
+    prior = SmoothVelocity(grid.at_spacing(2.0), 2.5, 12.0, 3.0).prior()
+    found = []
+    for number in range(count):
+        transform = Velocity(grid.at_spacing(2.0), prior.unwhiten(draw(tuple(prior.event_shape), seed, "shape", number))).exp(both=False)
+        scan = warp(image[None], grid, transform, grid, fill="edge")[0] + NOISE * draw(grid.shape, seed, "noise", number)
+        found.append((Volume.from_grid(scan, grid), Volume.from_grid(warp(labels[None], grid, transform, grid, "nearest")[0], grid)))
+    return found
+
+
+def draw(shape: Sequence[int], seed: int, *names: str | int) -> Tensor:
+    return torch.randn(*shape, generator=stream(seed, *names))
+
+
+Bodies = Callable[[int, int], list[tuple[Volume, Volume]]]
+COHORTS: Mapping[str, Bodies] = {"hippocampi": real_bodies, "simulated": simulated_bodies}
+
+
 @dataclass(frozen=True)
 class MadeUp:
     """A cohort in files.
@@ -110,12 +145,11 @@ class MadeUp:
     genotypes: Path
 
     @classmethod
-    def of(cls, folder: Path, seed: int) -> MadeUp:
-        train, _ = scans()
-        order = [train[int(index)] for index in np.random.default_rng(seed).permutation(len(train))[: 1 + TRAINED + ASKED]]
+    def of(cls, folder: Path, seed: int, bodies: Bodies) -> MadeUp:
+        (first, labels), *others = bodies(1 + TRAINED + ASKED, seed)
         known = simulate_people(TRAINED + ASKED, seed, mean_rate=MEAN_RATE, rate_sd=RATE_SD, snps=SNPS)
         names = [str(name) for name in known.table["subject"]]
-        people = {name: Person.of(path) for name, path in zip(names, order[1:], strict=True)}
+        people = {name: Person.of(*body) for name, body in zip(names, others, strict=True)}
         rates = dict(zip(names, known.rates.tolist(), strict=True))
         genotypes = folder / "cohort.bed"
         known.genotypes.write(genotypes, names)
@@ -130,8 +164,7 @@ class MadeUp:
         paths = {True: folder / "seen.tsv", False: folder / "asked.tsv"}
         for which, path in paths.items():
             pd.DataFrame(tables[which]).to_csv(path, sep="\t", index=False, na_rep="n/a")
-        labels = read_labels(beside(order[0]))
-        atlas = LabelledScan(read_scan(order[0]), labels, {1: "anterior", 2: "posterior"})
+        atlas = LabelledScan(first, labels, {1: "anterior", 2: "posterior"})
         return cls(people, rates, atlas, paths[True], paths[False], genotypes)
 
     def read(self, path: Path, scalars: Sequence[str] = ()) -> Visits:
@@ -252,23 +285,28 @@ RUN: Mapping[str, Method] = {COPY: copied, MEAN: mean_change, SCALAR: of_volumes
 
 
 def rows(log: Log, folder: Path, only: Sequence[str], seed: int) -> list[Row]:
-    """A row for each method and person who was seen once."""
-    cohort = cache(lambda: MadeUp.of(folder, seed))
+    """A row for each cohort, method and person who was seen once."""
     found: list[Row] = []
-    for method, run in RUN.items():
-        if only and not any(word in f"follow-ups {method}" for word in only):
-            continue
-        keys = [key for key in log.rows if key.startswith(f"follow-ups/{method}/")]
-        if len(keys) < ASKED:
-            for name, said in run(cohort(), folder).items():
-                log.row(f"follow-ups/{method}/{name}", partial(score, cohort(), method, name, said))
-            keys = [key for key in log.rows if key.startswith(f"follow-ups/{method}/")]
-        found += [log.rows[key] for key in keys]
-        print(f"follow-ups {method}: {statistics.fmean(row['error'] for row in found if row['method'] == method):.3f}", flush=True)
+    for kind, bodies in COHORTS.items():
+        place = folder / kind
+        place.mkdir(exist_ok=True)
+        cohort = cache(partial(MadeUp.of, place, seed, bodies))
+        for method, run in RUN.items():
+            name = f"follow-ups/{kind}/{method}"
+            if only and not any(word in name for word in only):
+                continue
+            keys = [key for key in log.rows if key.startswith(f"{name}/")]
+            if len(keys) < ASKED:
+                for person, said in run(cohort(), place).items():
+                    log.row(f"{name}/{person}", partial(score, kind, cohort(), method, person, said))
+                keys = [key for key in log.rows if key.startswith(f"{name}/")]
+            own = [log.rows[key] for key in keys]
+            found += own
+            print(f"{name}: {statistics.fmean(row['error'] for row in own):.3f}", flush=True)
     return found
 
 
-def score(cohort: MadeUp, method: str, name: str, said: Answer) -> Row:
+def score(kind: str, cohort: MadeUp, method: str, name: str, said: Answer) -> Row:
     """Mean over the two labels of the absolute relative error, per cent, how many intervals hold, and Dice."""
     person, change = cohort.people[name], cohort.rates[name] * ASKED_YEARS
     truth = person.volumes(change)
@@ -276,6 +314,7 @@ def score(cohort: MadeUp, method: str, name: str, said: Answer) -> Row:
     inside = ((said.interval[:, 0] <= truth) & (truth <= said.interval[:, 1])).double()
     return {
         "part": "follow-ups",
+        "people": kind,
         "method": method,
         "subject": name,
         "error": float(100 * (said.volumes / truth - 1).abs().mean()),
@@ -286,14 +325,15 @@ def score(cohort: MadeUp, method: str, name: str, said: Answer) -> Row:
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """A line per method."""
+    """A line per cohort and method."""
     lines = []
-    for method in METHODS:
-        own = [row for row in rows if row["method"] == method]
+    for kind, method in itertools.product(COHORTS, METHODS):
+        own = [row for row in rows if (row["people"], row["method"]) == (kind, method)]
         if own:
             held = [row["inside"] for row in own if row["inside"] is not None]
             lines.append(
                 {
+                    "people": kind,
                     "method": method,
                     "volume error, %": mean_sd([row["error"] for row in own], 2),
                     "in 90 % intervals": f"{100 * statistics.fmean(held):.0f} %" if held else "–",
@@ -306,12 +346,16 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 def differences(rows: Sequence[Row]) -> str:
     """Volume error of S17 less that of each other method."""
-    by = {method: {row["subject"]: row["error"] for row in rows if row["method"] == method} for method in METHODS}
-    parts = []
-    for method in METHODS:
-        shared = sorted(set(by[method]) & set(by[CODES]))
-        if method != CODES and shared:
-            ours, theirs = (torch.tensor([by[each][name] for name in shared]) for each in (CODES, method))
-            difference = paired_bootstrap(ours, theirs)
-            parts.append(f"{method} {difference.mean:+.2f} [{difference.lower:+.2f}, {difference.upper:+.2f}]")
-    return "Volume error of S17 less that of each method, per cent, mean over people with a 95 % paired bootstrap interval: " + "; ".join(parts) + "."
+    texts = []
+    for kind in COHORTS:
+        by = {m: {row["subject"]: row["error"] for row in rows if (row["people"], row["method"]) == (kind, m)} for m in METHODS}
+        parts = []
+        for method in METHODS:
+            shared = sorted(set(by[method]) & set(by[CODES]))
+            if method != CODES and shared:
+                ours, theirs = (torch.tensor([by[each][name] for name in shared]) for each in (CODES, method))
+                difference = paired_bootstrap(ours, theirs)
+                parts.append(f"{method} {difference.mean:+.2f} [{difference.lower:+.2f}, {difference.upper:+.2f}]")
+        if parts:
+            texts.append(f"{kind}: {'; '.join(parts)}")
+    return f"Volume error of S17 less that of each method, per cent, mean over people with a 95 % paired bootstrap interval. {'. '.join(texts)}."
