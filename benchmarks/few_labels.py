@@ -40,6 +40,7 @@ from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, t
 from probmed.workflows.training_sets import Augmentation, Examples, completed, labelled, on_grid, one_shot, random_contrast, regions_of
 
 STEPS, BATCH, RATE = 800, 2, 2e-3
+LONG = 4000  # steps of one network, to see what more training gives
 UNLABELLED = 30  # scans that learned transforms are estimated from
 CARRIED = 60  # scans that the labels of one are carried to
 DRAWS = 20  # of a registration's posterior
@@ -180,6 +181,7 @@ METHODS: Mapping[str, Method] = {
     "U-Net, 2 labels": Method(lambda data: data.supervised(2)),
     "U-Net, 5 labels": Method(lambda data: data.supervised(5)),
     "U-Net, 50 labels": Method(lambda data: data.supervised(50)),
+    f"U-Net, all labels, {LONG} steps": Method(lambda data: data.supervised(None), steps=LONG, calibrated=True),
 }
 """Augmentation is that of all supervised networks."""
 
