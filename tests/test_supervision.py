@@ -260,11 +260,11 @@ def test_the_divergence_enters_by_and_by() -> None:
 
 
 def test_a_probabilistic_unet_s_loss_is_a_bound_of_the_evidence() -> None:
-    """A voxel's share of −log p(S | z, I) + KL: without overlap, what the loss adds to the cross-entropy is KL over the voxels that are known."""
+    """A voxel's share of −log p(S | z, I) + KL: what the loss adds to the cross-entropy is KL over the voxels that are known."""
     data = cohort(2)
     labels = data.labels.clone()
     labels[:, :5] = -1
-    trained = TrainedSegmenter.build(GRID, SegmenterSettings("probabilistic-unet", overlap=0.0), data.codes)
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings("probabilistic-unet"), data.codes)
     assert isinstance(trained.network, ProbabilisticUNet)
     trained.network.warm_up = 1
     torch.manual_seed(0)
@@ -281,7 +281,7 @@ def test_a_probabilistic_unet_draws_both_answers_where_raters_differ() -> None:
     """Half the raters see a disc and half see none of it: draws are one or the other, all of a piece, about as often."""
     image, labels = disc(0)
     both = torch.stack([labels, torch.zeros_like(labels)])
-    trained = TrainedSegmenter.build(GRID, SegmenterSettings("probabilistic-unet", overlap=0.0), (0, 1, 2))
+    trained = TrainedSegmenter.build(GRID, SegmenterSettings("probabilistic-unet"), (0, 1, 2))
     assert isinstance(trained.network, ProbabilisticUNet)
     trained.network.warm_up = 100
     images = image.expand(2, 1, *GRID.shape)

@@ -45,7 +45,7 @@ class SegmenterSettings:
 
     Arguments:
         network: one of ``segmentation_networks.NETWORKS``. dropout: share of features that training leaves out.
-        overlap: weight of the soft Dice beside the cross-entropy.
+        overlap: weight of the soft Dice beside the cross-entropy; the probabilistic U-Net has none.
         adversary: weight of how improbable a discriminator finds that the network's label map is a true one; 0 trains none.
     """
 
@@ -123,14 +123,14 @@ class TrainedSegmenter:
         truth = one_hot(labels, len(self.codes))
         if isinstance(self.network, ProbabilisticUNet):
             logits, divergence = self.network.fitted(standardised(images), truth)
-            # The evidence's bound is of an image, and the cross-entropy the mean of its voxels.
-            latent = self.network.divergence_weight() * divergence.sum() / known.sum().clamp_min(1)
+            # The evidence's bound in nats, over the voxels. Soft Dice would count as much as a nat for each voxel, and the divergence beside it for nothing.
+            overlap, rest = 0.0, self.network.divergence_weight() * divergence.sum() / known.sum().clamp_min(1)
         else:
-            logits, latent = self.logits(images), images.new_zeros(())
-        value = functional.cross_entropy(logits, labels.masked_fill(~known, -100), ignore_index=-100) + latent
+            logits, overlap, rest = self.logits(images), self.settings.overlap, images.new_zeros(())
         p = logits.softmax(1)
-        if self.settings.overlap:
-            value = value + self.settings.overlap * (1 - soft_dice(p, labels.clamp_min(0), known))
+        value = functional.cross_entropy(logits, labels.masked_fill(~known, -100), ignore_index=-100) + rest
+        if overlap:
+            value = value + overlap * (1 - soft_dice(p, labels.clamp_min(0), known))
         if self.discriminator is not None:
             value = value + adversarial(self.discriminator, p * known[:, None], truth, self.settings.adversary)
         return value
