@@ -123,7 +123,7 @@ class TrainedSegmenter:
         truth = one_hot(labels, len(self.codes))
         if isinstance(self.network, ProbabilisticUNet):
             logits, divergence = self.network.fitted(standardised(images), truth)
-            # The evidence's bound in nats, over the voxels. Soft Dice would count as much as a nat for each voxel, and the divergence beside it for nothing.
+            # The evidence's bound in nats, over the voxels. Soft Dice would count as a nat for each voxel, and the divergence beside it for nothing.
             overlap, rest = 0.0, self.network.divergence_weight() * divergence.sum() / known.sum().clamp_min(1)
         else:
             logits, overlap, rest = self.logits(images), self.settings.overlap, images.new_zeros(())
