@@ -552,7 +552,7 @@ def test_what_cannot_be_cross_validated_gets_one_line(tmp_path: Path) -> None:
     path = write_table(tmp_path, 3)
     table = pd.read_csv(path, sep="\t")
     options = ["train", "segmentation", "--data", str(path), "--cross-validate", "-o", str(tmp_path / "runs")]
-    assert "has no column fold" in said(*options, code=2)
+    assert "has no column 'fold'" in said(*options, code=2)
     refused = {"a b n/a": "without a fold", "a a a": "only scans of fold a", "a ../b a": "cannot name a folder"}
     for folds, fault in refused.items():
         table.assign(fold=folds.split()).to_csv(path, sep="\t", index=False, na_rep="n/a")
@@ -575,8 +575,8 @@ def test_what_cannot_be_trained_on_or_used_gets_one_line(tmp_path: Path) -> None
         assert not (tmp_path / "run").exists()
         return line
 
-    assert "has no column labels" in refused(table[["scan"]])
-    assert "has no column fold" in refused(table[["scan", "labels"]], "--fold", "a")
+    assert "has no column 'labels'" in refused(table[["scan"]])
+    assert "has no column 'fold'" in refused(table[["scan", "labels"]], "--fold", "a")
     assert "has no scans of fold c (it has a, b)" in refused(table, "--fold", "c")
     assert "nowhere.nii.gz" in refused(table.assign(scan=["nowhere.nii.gz", *table["scan"][1:]]))
     assert "has scans without labels" in refused(table.assign(labels=table["labels"].where(table.index > 0)))

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import typer
-from torch import Tensor
 
 from probmed.cli import progress
-from probmed.cli.labelled_tables import FoldOption, NamesOption, parts_of, read_names
+from probmed.cli.labelled_tables import FoldOption, NamesOption, read_names
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, check_runs, make_folder
-from probmed.tables import read_table
-from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan
-from probmed.workflows.growth import Registered, Registrations
-from probmed.workflows.one_shot import carried, model_of
-from probmed.workflows.registration import RegistrationSettings
+from probmed.tables import check_columns, folds, parts_of, read_table
+from probmed.volumes import UnusableInput, atomic_write
 
 
 class Network(str, Enum):
@@ -33,17 +28,12 @@ class Network(str, Enum):
 
 
 class Examples(str, Enum):
-    """What the network is trained on; ``workflows.training_sets``."""
+    """What the network is trained on; ``workflows.segmenter_runs``."""
 
     scans = "scans"
     contrasts = "contrasts"
     one_shot = "one-shot"
     carried = "carried"
-
-    @property
-    def of_one(self) -> bool:
-        """Whether one scan has labels and the others none."""
-        return self in (Examples.one_shot, Examples.carried)
 
 
 def segmentation(
@@ -102,72 +92,43 @@ def segmentation(
         check_device(device)
         if cross_validate and fold is not None:
             raise UnusableInput(data, f"has fold {fold} for --fold, and all of them for --cross-validate", "give one of the two options")
-        if cross_validate and examples.of_one:
+        if cross_validate and examples in (Examples.one_shot, Examples.carried):
             raise UnusableInput(data, f"has labels of one scan for --examples {examples.value}", "leave out --cross-validate")
         table, named = read_table(data), {} if names is None else read_names(names)
-        parts = {name: parts_of(table, data, name) for name in (_folds(table, data) if cross_validate else (fold,))}
-        folders = {name: out / f"fold-{name}" if cross_validate else out for name in parts}
-        check_runs(list(folders.values()), resume)
-        for folder in folders.values():
+        check_columns(data, table, ["scan", "labels"])
+        parts: dict[Path, tuple[pd.DataFrame, pd.DataFrame | None]]
+        if cross_validate:
+            parts = {out / f"fold-{name}": (rows, held) for name, rows, held in folds(table, data)}
+        else:
+            parts = {out: (table, None) if fold is None else parts_of(table, data, fold)}
+        check_runs(list(parts), resume)
+        for folder in parts:
             made += make_folder(folder)
-        supervision, sets, training_of, amortisation = (
+        runs, supervision, sets, training_of = (
             importlib.import_module(f"probmed.{name}")
-            for name in ("workflows.supervision", "workflows.training_sets", "inference.training", "workflows.amortisation")
+            for name in ("workflows.segmenter_runs", "workflows.supervision", "workflows.training_sets", "inference.training")
+        )
+        run = runs.SegmenterRun(
+            supervision.SegmenterSettings(network.value, dropout, adversary=adversary),
+            training_of.TrainingSettings(steps, learning_rate, seed=seed, every=every),
+            examples.value,
+            sets.Augmentation() if augment else None,
+            batch,
+            spacing,
+            named,
         )
         fabric = training_of.Fabric(accelerator="cuda" if device is Device.cuda else device.value, devices=1)
         fabric.launch()
-        change = sets.Augmentation() if augment else None
-
-        def trained_on(rows: pd.DataFrame, held: pd.DataFrame | None, folder: Path, tell: Callable[[str, float], None]) -> tuple[Any, Any]:
-            """The network, and the last row of its log."""
-            tell("reading", 0.0)
-            cohort, grid = amortisation.read_cohort(rows, data, spacing, least=1)
-            _check_labels(cohort.labels, data, examples)
-            checked = None if held is None else amortisation.read_cohort(held, data, grid=grid, codes=cohort.codes, least=1)[0].to(fabric.device)
-            found = (_kept(Registrations(folder / "registrations", seed=seed, device=device.value)), lambda share: tell("registering", share))
-            if examples is Examples.one_shot:
-                scan, one, others = _one_and_others(rows, data)
-                model = model_of(scan, one, others, cohort.codes, *found)
-                drawn = sets.on_grid(sets.one_shot([model], batch, change), model.grid, grid)
-            else:
-                if examples is Examples.carried:
-                    cohort = sets.completed(cohort, carried(*_one_and_others(rows, data), *found), grid)
-                cohort = cohort.to(fabric.device)
-                images, labels = cohort.images, cohort.labels
-                if examples is Examples.contrasts:
-                    drawn = sets.random_contrast(sets.regions_of(images, labels), labels, grid, batch, change)
-                else:
-                    drawn = sets.labelled(images, labels, grid, batch, change)
-            wanted = supervision.SegmenterSettings(network.value, dropout, adversary=adversary)
-            trained = supervision.TrainedSegmenter.build(grid, wanted, cohort.codes, {**amortisation.names_of(rows, data), **named}, seed)
-            trained.network.to(fabric.device)
-
-            def report(row: dict[str, float], share: float) -> None:
-                score = f", Dice {row['dice']:.3f}" if "dice" in row else ""
-                tell(f"step {row['step']:.0f}, loss {row['loss']:.4g}{score}", share)
-
-            log = supervision.train_segmenter(
-                trained,
-                drawn,
-                training_of.TrainingSettings(steps, learning_rate, seed=seed, every=every),
-                folder=folder,
-                validation=checked,
-                fabric=fabric,
-                described={"scans": list(cohort.names), "examples": examples.value, "augment": augment, "batch": batch},
-                tell=report,
-            )
-            return trained, log[-1]
-
         scores = []
-        for name, (rows, held) in parts.items():
-            with progress.collected_warnings([str(data)]), progress.progress_bar(folders[name].name, quiet) as tell:
-                trained, last = trained_on(rows, held, folders[name], tell)
+        for folder, (rows, held) in parts.items():
+            with progress.collected_warnings([str(data)]), progress.progress_bar(folder.name, quiet) as tell:
+                trained, log = run.train(rows, data, folder, held, fabric, tell)
                 if cross_validate:
                     tell("scoring", 1.0)
-                    scores.append(supervision.score(trained, held, data).assign(fold=name))
+                    scores.append(runs.scored(trained, held, data).assign(fold=folder.name.removeprefix("fold-")))
             if not quiet:
-                numbers = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name in ("loss", "dice", "nll"))
-                typer.echo(f"{folders[name]}: {int(last['step'])} steps, {numbers}")
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "nll"))
+                typer.echo(f"{folder}: {int(log[-1]['step'])} steps, {numbers}")
         if scores:
             whole = pd.concat(scores, ignore_index=True)
             with atomic_write(out / "cross-validation.tsv") as path:
@@ -176,44 +137,3 @@ def segmentation(
                 each = whole.groupby("label", sort=False)["dice"].agg(["mean", "std"])
                 told = ", ".join(f"{label} {row['mean']:.3f} ± {row['std']:.3f}" for label, row in each.iterrows())
                 typer.echo(f"{out}: Dice of scans that training did not see: {told}")
-
-
-def _folds(table: pd.DataFrame, source: Path) -> list[str]:
-    """Names of all folds.
-
-    Raises:
-        UnusableInput: for no such column, rows without a fold, and names that cannot be a folder's.
-    """
-    if "fold" not in table.columns:
-        raise UnusableInput(source, f"has no column fold (it has {', '.join(map(str, table.columns))})", "give a column with that name")
-    if table["fold"].isna().any():
-        raise UnusableInput(source, "has scans without a fold", "give each a fold, or leave the scan out")
-    names = sorted(table["fold"].astype(str).unique())
-    for name in names:
-        if "/" in name or name in (".", ".."):
-            raise UnusableInput(source, f"has the fold {name!r}, which cannot name a folder", "give folds other names")
-    return names
-
-
-def _check_labels(labels: Tensor, source: Path, examples: Examples) -> None:
-    """
-    Raises:
-        UnusableInput: where scans lack labels, or, for one-shot learning, not all but one do.
-    """
-    known = (labels >= 0).flatten(1).all(1)
-    if not examples.of_one and not bool(known.all()):
-        raise UnusableInput(source, "has scans without labels", "give labels to each, leave the scan out, or use --examples one-shot or carried")
-    if examples.of_one and (int(known.sum()) != 1 or len(known) < 3):
-        fault = f"has {int(known.sum())} scans with labels and {int((~known).sum())} without"
-        raise UnusableInput(source, fault, "give one with labels, and two or more without")
-
-
-def _one_and_others(table: pd.DataFrame, source: Path) -> tuple[Volume, Volume, list[Volume]]:
-    """The labelled scan, its labels, and the scans without."""
-    one = table["labels"].notna()
-    scan, labels = read_scan(source.parent / str(table["scan"][one].iloc[0])), read_labels(source.parent / str(table["labels"][one].iloc[0]))
-    return scan, labels, [read_scan(source.parent / str(name)) for name in table["scan"][~one]]
-
-
-def _kept(registrations: Registrations) -> Callable[[Volume, Volume], Registered]:
-    return lambda moving, fixed: registrations(moving, fixed, RegistrationSettings())

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from probmed.cli import progress
-from probmed.cli.labelled_tables import FoldOption, NamesOption, parts_of, read_names
+from probmed.cli.labelled_tables import FoldOption, NamesOption, read_names
 from probmed.cli.options import DebugOption, QuietOption, SeedOption, check_run, make_folder
-from probmed.tables import read_table
+from probmed.tables import check_columns, parts_of, read_table
 
 
 def shapes(
@@ -47,7 +47,9 @@ def shapes(
     """
     with progress.in_one_line(str(data), debug) as made:
         check_run(out, resume)
-        rows, held = parts_of(read_table(data), data, fold, ("labels",))
+        table = read_table(data)
+        check_columns(data, table, ["labels"])
+        rows, held = (table, None) if fold is None else parts_of(table, data, fold)
         rows = rows.dropna(subset=["labels"])
         named = {} if names is None else read_names(names)
         made += make_folder(out)

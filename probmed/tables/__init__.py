@@ -7,7 +7,8 @@ as a whole. Whatever is left out, people or SNPs, is recorded with its reason as
 from probmed.tables.alleles import Alignment, aligned
 from probmed.tables.codings import GenotypeCoding
 from probmed.tables.covariates import CovariateCoding
-from probmed.tables.files import read_subjects, read_table
+from probmed.tables.files import check_columns, read_subjects, read_table
+from probmed.tables.folds import folds, parts_of
 from probmed.tables.genotypes import Genotypes
 from probmed.tables.joins import Joined, join
 from probmed.tables.omissions import Omission
@@ -23,7 +24,10 @@ __all__ = [
     "Omission",
     "Visits",
     "aligned",
+    "check_columns",
+    "folds",
     "join",
+    "parts_of",
     "read_subjects",
     "read_table",
 ]

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError
@@ -29,11 +28,9 @@ from probmed.metrics import dice
 from probmed.models.segmentation import Segmentation
 from probmed.segmentation_networks import NETWORKS, Encoder, ProbabilisticUNet
 from probmed.transforms import warp
-from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan
+from probmed.volumes import UnusableInput, Volume, atomic_write
 from probmed.workflows.amortisation import Cohort, brought
 from probmed.workflows.cohorts import own_world
-from probmed.workflows.comparison import Comparison
-from probmed.workflows.propagation import check_same_grid
 from probmed.workflows.training_sets import Examples, drawn_from
 
 _HOTTEST = 20.0  # temperature
@@ -291,28 +288,6 @@ def soft_dice(p: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     found = p * known[:, None]
     dims = tuple(range(2, p.ndim))
     return ((2 * (found * truth).sum(dims) + 1) / (found.sum(dims) + truth.sum(dims) + 1))[:, 1:].mean()
-
-
-def score(trained: TrainedSegmenter, table: pd.DataFrame, source: Path) -> pd.DataFrame:
-    """How well scans are labelled, on their own voxels.
-
-    Arguments:
-        table: columns ``scan`` and ``labels``: paths, relative ones to the table's folder. source: the table's path.
-
-    Returns:
-        A row a scan and label: index, label, volume_ml, dice, hd95_mm, volume_error (%) and scan.
-
-    Returns:
-        A row a scan and label: index, label, volume_ml, dice, hd95_mm, volume_error (%) and scan.
-    """
-    codes, rows = torch.tensor(trained.codes), []
-    for scan_path, labels_path in zip(table["scan"], table["labels"], strict=True):
-        scan, truth = read_scan(source.parent / str(scan_path)), read_labels(source.parent / str(labels_path))
-        check_same_grid(truth, scan)
-        found = codes[trained.probabilities(scan).argmax(0)]
-        compared = Comparison(scan, {"network": found, "truth": truth.data}, trained.names, "truth").volumes()
-        rows.append(compared[compared["segmentation"] == "network"].drop(columns="segmentation").assign(scan=str(scan_path)))
-    return pd.concat(rows, ignore_index=True)
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
