@@ -548,6 +548,30 @@ def test_every_scan_is_scored_by_a_network_that_has_not_seen_it(tmp_path: Path) 
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "runs" / "cross-validation.tsv", sep="\t"), scores)
 
 
+def test_shapes_that_cannot_be_trained_or_used_get_one_line(tmp_path: Path) -> None:
+    path = write_table(tmp_path, 3)
+    table = pd.read_csv(path, sep="\t")
+    options = ["train", "shapes", "--data", str(path), "-o", str(tmp_path / "run"), "--steps", "2"]
+    refused = {
+        "has no column 'labels'": table[["scan"]],
+        "gone.nii.gz: does not exist": table.assign(labels=[*table["labels"][:2], "gone.nii.gz"]),
+        "has no rows": table.assign(labels="n/a"),
+    }
+    for fault, rows in refused.items():
+        rows.to_csv(path, sep="\t", index=False)
+        assert fault in said(*options, code=2)
+    table.assign(fold=["a", "a", "b"]).to_csv(path, sep="\t", index=False)
+    assert "no scans of fold c" in said(*options, "--fold", "c", code=2)
+    write_labels(tmp_path / table["labels"][2], torch.full(GRID.shape, 3), Volume.from_grid(torch.zeros(GRID.shape), GRID))
+    assert "has the label 3, which training has not seen" in said(*options, "--fold", "b", code=2)
+    assert not (tmp_path / "run").exists()
+    said(*options, "--quiet")
+    weights = tmp_path / "run" / "shapes.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    line = said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(tmp_path / "run"), "-o", str(tmp_path / "out"), code=2)
+    assert "holds no shape prior that can be read" in line and not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_cross_validated_gets_one_line(tmp_path: Path) -> None:
     path = write_table(tmp_path, 3)
     table = pd.read_csv(path, sep="\t")

@@ -192,7 +192,7 @@ class TrainedShapes:
             trained._modules().to(trained.log_atlas.dtype).load_state_dict(weights)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             fault = f"holds no shape prior that can be read ({error})"
-            raise UnusableInput(folder, fault, "give a folder that `TrainedShapes.save` has written") from error
+            raise UnusableInput(folder, fault, "give a folder that `probmed train shapes` or `TrainedShapes.save` has written") from error
         return trained
 
     def _modules(self) -> nn.ModuleDict:
