@@ -48,9 +48,9 @@ BAND_MM = 3.0  # about the true border, where calibration is judged
 LABELS = (1, 2)
 REGISTRATION = "registration, 20 draws"
 SHAPES = "shapes of all label maps, no labelled scan"
-SHAPED = 15  # test scans, the first ones, that it is measured on: half a minute each
+SHAPED = 8  # test scans, the first ones, that it is measured on: half a minute each
 SHAPE_STEPS, SHAPE_SPACING = 600, 1.5
-REFINED = 60  # gradient steps on a scan's shape
+REFINED = 40  # gradient steps on a scan's shape
 FULL = "U-Net, all labels"
 FIGURE = Path(__file__).resolve().parent / "results" / "few_labels.png"
 

@@ -11,7 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +42,7 @@ from probmed.workflows.amortisation import brought
 from probmed.workflows.cohorts import common_grid, own_world
 from probmed.workflows.training_sets import Augmentation
 
+_TRIED = 5  # part of the steps that both starts take
 _UNSEEN = 0.5  # label maps that have each label at each voxel, beside those of the table
 
 
@@ -395,7 +396,7 @@ def refine(
 def fit_scan(
     trained: TrainedShapes, image: Tensor, grid: Grid, *, model: Segmentation | None = None, steps: int = 100, seed: int = 0
 ) -> ShapeFit:
-    """q(z | I) of a scan ``(C, *shape)`` on a grid of the prior's world, refined; from the network's answer and from the mean shape, the better.
+    """q(z | I) of a scan ``(C, *shape)`` on a grid of the prior's world, refined from the network's answer and from the mean shape, until one is better.
 
     Where the model's shapes are deformed too, all latents go to a mode by EM and gradients before, the mean shape's place is taken by the mode's, and
     the deformation stays there.
@@ -408,7 +409,10 @@ def fit_scan(
     with torch.no_grad():
         read = guide.distribution(state | {"shape_code": torch.zeros_like(state["shape_code"])}, image, grid)
     starts = (read, Normal(state["shape_code"], read.scale))
-    return max((refine(model, start, state, image, grid, steps=steps, seed=seed) for start in starts), key=lambda fit: fit.refined)
+    tried = steps // _TRIED
+    begun = max((refine(model, start, state, image, grid, steps=tried, seed=seed) for start in starts), key=lambda fit: fit.refined)
+    found = refine(model, begun.code, begun.state, image, grid, steps=steps - tried, seed=seed)
+    return replace(found, amortised=begun.amortised)
 
 
 @torch.no_grad()
