@@ -396,7 +396,7 @@ def refine(
 def fit_scan(
     trained: TrainedShapes, image: Tensor, grid: Grid, *, model: Segmentation | None = None, steps: int = 100, seed: int = 0
 ) -> ShapeFit:
-    """q(z | I) of a scan ``(C, *shape)`` on a grid of the prior's world, refined from the network's answer and from the mean shape, until one is better.
+    """q(z | I) of a scan ``(C, *shape)`` on a grid of the prior's world, refined from the network's answer or from the mean shape, the better.
 
     Where the model's shapes are deformed too, all latents go to a mode by EM and gradients before, the mean shape's place is taken by the mode's, and
     the deformation stays there.
