@@ -15,7 +15,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn import functional
 
 _HALVINGS = 4  # of the U-Net
-_LOG_VARIANCE = (-10.0, 5.0)  # of the probabilistic U-Net's latents, at least and at most
+_LOG_VARIANCE = 8.0  # of the probabilistic U-Net's latents, at most, and its negative at least
 
 
 def convolution(ndim: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
@@ -188,6 +188,9 @@ class ProbabilisticUNet(nn.Module):
         self.body = UNet(ndim, channels, width, dropout=dropout)
         self.prior = Encoder(ndim, channels, 2 * latent)
         self.posterior = Encoder(ndim, channels + classes, 2 * latent)
+        for encoder in (self.prior, self.posterior):  # both are standard normal at first
+            nn.init.zeros_(encoder.head.weight)
+            nn.init.zeros_(encoder.head.bias)
         layer = convolution(ndim)
         # Without normalisation, which would take away what is the same at all voxels: the latent.
         self.head = nn.Sequential(
@@ -225,9 +228,9 @@ class ProbabilisticUNet(nn.Module):
 
 
 def normal(numbers: Tensor) -> Independent:
-    """Of means and log variances, ``(B, 2 n)``, the latter clamped."""
+    """Of means and log variances, ``(B, 2 n)``, the latter held within bounds, softly: beyond hard ones there is no gradient back."""
     mean, log_variance = numbers.chunk(2, 1)
-    return Independent(Normal(mean, (0.5 * log_variance.clamp(*_LOG_VARIANCE)).exp()), 1)
+    return Independent(Normal(mean, (0.5 * _LOG_VARIANCE * torch.tanh(log_variance / _LOG_VARIANCE)).exp()), 1)
 
 
 def cropped(images: Tensor, size: Sequence[int]) -> Tensor:
