@@ -1,7 +1,7 @@
 """Segmentation networks side by side, each trained for as many steps on the same examples: how good they are, and what they cost.
 
-Data, in the folder ``PROBMED_DATA``: `msd_hippocampus` with the split of `few_labels` and all labels, and `oasis_trt_slices`, 2D, three folds of four
-slices, all structures. Costs are measured in a process each, on random images of the same size: ``python -m benchmarks.architectures ORDER``.
+Data, in the folder ``PROBMED_DATA``: `msd_hippocampus` with the split of `few_labels` and all labels, and `oasis_trt_slices`, 2D, all structures, trained
+on eight slices and tested on every third. Costs are measured in a process each, on random images of the same size: ``python -m benchmarks.architectures ORDER``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from probmed.inference.training import TrainingSettings
 from probmed.metrics import dice, paired_bootstrap
 from probmed.segmentation_networks import VoxelWise
 from probmed.volumes import read_labels, read_scan
-from probmed.workflows.amortisation import read_cohort
+from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
 from probmed.workflows.training_sets import Augmentation, labelled
 
-STEPS, SLICE_STEPS = 400, 200
-FOLDS = 3
+STEPS, SLICE_STEPS = 400, 800
+LEFT_OUT = 3  # every third slice is for the test
 TIMED = 8  # steps, after two that warm up; their median counts
 PATCHES = 512
 NETWORKS: Mapping[str, SegmenterSettings] = {
@@ -63,13 +63,12 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
             rows += [row for name in _wanted(NETWORKS, only) for row in _crops(log, data, name, seed)]
             rows += [row for name in _wanted(SLICED, only) for row in _sliced(log, data.kept, name, limit, seed)]
             for collection, names in ((CROPS, (*NETWORKS, PLAIN, PATCHWISE)), (SLICES, SLICED)):
-                cohort, grid = data.cohort if collection == CROPS else read_cohort(labelled_table(slices()), data_folder() / "table.tsv")
+                cohort, grid = data.cohort if collection == CROPS else _training_slices()
                 said = {"shape": grid.shape, "classes": len(cohort.codes)}
-                scans = len(cohort.images) if collection == CROPS else len(cohort.images) * (FOLDS - 1) // FOLDS
                 for name in _wanted(names, only):
-                    key, common = f"cost/{collection}/{name}", {"collection": collection, "method": name, "kind": "cost", "scans": scans}
+                    key, common = f"cost/{collection}/{name}", {"collection": collection, "method": name, "kind": "cost", "scans": len(cohort.images)}
                     rows += child_rows(log, "benchmarks.architectures", {**said, "method": name}, {key: None}, common, threads)
-    settings = {"steps": STEPS, "slice_steps": SLICE_STEPS, "batch": BATCH, "learning_rate": RATE, "folds": FOLDS, "threads": threads}
+    settings = {"steps": STEPS, "slice_steps": SLICE_STEPS, "batch": BATCH, "learning_rate": RATE, "threads": threads}
     return Table("architectures", rows, summarise(rows), notes(rows), settings, seed)
 
 
@@ -88,21 +87,20 @@ def _crops(log: Log, data: Data, name: str, seed: int) -> list[Row]:
 
 
 def _sliced(log: Log, kept: Path, name: str, limit: int | None, seed: int) -> list[Row]:
-    """Every slice is in the fold that is left out once."""
-    paths = slices()
-    keys: dict[str, Path] = {}
-    for fold in range(FOLDS):
-        test = {f"{SLICES}/{name}/{path.name.split('_')[0]}": path for path in paths[fold::FOLDS][:limit]}
-        keys |= test
-        if all(key in log.rows for key in test):
-            continue
-        cohort, grid = read_cohort(labelled_table([path for path in paths if path not in paths[fold::FOLDS]]), data_folder() / "table.tsv")
+    test = slices()[::LEFT_OUT]
+    keys = {f"{SLICES}/{name}/{path.name.split('_')[0]}": path for path in test[:limit]}
+    if any(key not in log.rows for key in keys):
+        cohort, grid = _training_slices()
         examples = partial(labelled, cohort.images, cohort.labels, grid, BATCH, Augmentation())
         untrained = TrainedSegmenter.build(grid, NETWORKS[name], cohort.codes, seed=seed)
-        trained = fitted(kept, f"{SLICES}, {name}, fold {fold}", untrained, examples, SLICE_STEPS, seed)
-        for key, path in test.items():
+        trained = fitted(kept, f"{SLICES}, {name}", untrained, examples, SLICE_STEPS, seed)
+        for key, path in keys.items():
             log.row(key, partial(score_slice, name, path, trained))
     return [log.rows[key] for key in keys]
+
+
+def _training_slices() -> tuple[Cohort, Grid]:
+    return read_cohort(labelled_table([path for path in slices() if path not in slices()[::LEFT_OUT]]), data_folder() / "table.tsv")
 
 
 def score_slice(name: str, path: Path, trained: TrainedSegmenter) -> Row:
