@@ -1,7 +1,8 @@
 """Segmentation networks side by side, each trained for as many steps on the same examples: how good they are, and what they cost.
 
-Data, in the folder ``PROBMED_DATA``: `msd_hippocampus` with the split of `few_labels` and all labels, and `oasis_trt_slices`, 2D, all structures, trained
-on eight slices and tested on every third. Costs are measured in a process each, on random images of the same size: ``python -m benchmarks.architectures ORDER``.
+Data, in the folder ``PROBMED_DATA``: `msd_hippocampus` with the split of `few_labels` and all labels, and `oasis_trt_slices`, 2D, all structures,
+trained on eight slices and tested on every third. Costs are measured in a process each, on random images of the same size:
+``python -m benchmarks.architectures ORDER``.
 """
 
 from __future__ import annotations
