@@ -309,10 +309,10 @@ class GaussianMixture(PyroModule):
         # Gaussians that share means share their covariance, which therefore cancels from the normal equations.
         blend = self.blend.to(mass)
         normal = blend.T @ (mass[:, None] * blend) + n0 * torch.eye(self.pure).to(mass)
-        pure = torch.linalg.solve(normal, blend.T @ first + n0 * centre)
-        means = blend @ pure
-        scatter = second - means[:, :, None] * first[:, None, :] - first[:, :, None] * means[:, None, :]
-        scatter = self._pooled(scatter + mass[:, None, None] * means[:, :, None] * means[:, None, :])
+        pure = torch.linalg.solve(normal, blend.T @ (first + mass[:, None] * mixture.means) + n0 * centre)
+        moved = blend @ pure - mixture.means
+        scatter = second - moved[:, :, None] * first[:, None, :] - first[:, :, None] * moved[:, None, :]
+        scatter = self._pooled(scatter + mass[:, None, None] * moved[:, :, None] * moved[:, None, :])
         shift = pure - centre
         scatter = scatter + self._pooled(n0 * shift[:, :, None] * shift[:, None, :])
         # Each mean's own prior has a covariance too, hence the one a mean.
@@ -395,7 +395,10 @@ class GaussianMixture(PyroModule):
 
 
 def sufficient_statistics(values: Tensor, responsibilities: Tensor, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Expected count, sum and sum of squares of each Gaussian's voxels; missing channels are replaced by their conditional moments.
+    """Expected count of each Gaussian's voxels, and sum and sum of squares of how far they are from its mean; missing channels are replaced by their
+    conditional moments.
+
+    About zero, the spread of many voxels of nearly one value would be lost in the rounding of their squares.
 
     Arguments:
         values: ``(C, N)``, NaN where missing; responsibilities: ``(G, N)``, zero at voxels with no channel.
@@ -406,10 +409,10 @@ def sufficient_statistics(values: Tensor, responsibilities: Tensor, means: Tenso
     missing = values.isnan()
     partly = missing.any(0) & ~missing.all(0)
     whole = torch.where(missing.any(0), torch.zeros_like(responsibilities), responsibilities)
-    filled = values.nan_to_num(0.0)
-    mass, first = whole.sum(-1), whole @ filled.T
-    pairs = filled[:, None, :] * filled[None, :, :]
-    second = torch.einsum("gn,abn->gab", whole, pairs)
+    mass = whole.sum(-1)
+    centred = values.nan_to_num(0.0)[None] - means[:, :, None]
+    weighted = whole[:, None] * centred
+    first, second = weighted.sum(-1), weighted @ centred.mT
     if not bool(partly.any()):
         return mass, first, second
     codes = (~missing * 2 ** torch.arange(values.shape[0], device=values.device)[:, None]).sum(0)
@@ -420,9 +423,9 @@ def sufficient_statistics(values: Tensor, responsibilities: Tensor, means: Tenso
         r, x = responsibilities[:, where], values[seen][:, where]
         block = covariances[:, seen][:, :, seen]
         gain = torch.linalg.solve(block, covariances[:, seen][:, :, hidden]).mT
-        imputed = means[:, hidden, None] + gain @ (x[None] - means[:, seen, None])
+        apart = x[None] - means[:, seen, None]
         completed = x.new_zeros(means.shape[0], values.shape[0], x.shape[-1])
-        completed[:, seen], completed[:, hidden] = x[None].expand(means.shape[0], -1, -1), imputed
+        completed[:, seen], completed[:, hidden] = apart, gain @ apart
         left = covariances[:, hidden][:, :, hidden] - gain @ covariances[:, seen][:, :, hidden]
         mass = mass + r.sum(-1)
         first = first + torch.einsum("gn,gcn->gc", r, completed)

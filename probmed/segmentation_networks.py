@@ -15,7 +15,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn import functional
 
 _HALVINGS = 4  # of the U-Net
-_LOG_VARIANCE = 8.0  # of the probabilistic U-Net's latents, at most, and its negative at least
+_LOG_VARIANCE = 4.0  # of the probabilistic U-Net's latents, at most, and its negative at least
 
 
 def convolution(ndim: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
@@ -164,7 +164,8 @@ class Encoder(nn.Module):
             layers += [convolution(ndim)(width, wider, 3, stride=2, padding=1), nn.LeakyReLU(0.1)]
             layers += [convolution(ndim)(wider, wider, 3, padding=1), nn.LeakyReLU(0.1)]
             width = wider
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, outputs)
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
 
     def forward(self, images: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(images).flatten(2).mean(-1))
@@ -185,17 +186,19 @@ class ProbabilisticUNet(nn.Module):
     def __init__(self, ndim: int, channels: int, classes: int, latent: int = 6, warm_up: int = 200, dropout: float = 0.0) -> None:
         super().__init__()
         width = 16
-        self.body = UNet(ndim, channels, width, dropout=dropout)
+        self.classes = classes
+        self.body = UNet(ndim, channels, classes + width, dropout=dropout)
         self.prior = Encoder(ndim, channels, 2 * latent)
         self.posterior = Encoder(ndim, channels + classes, 2 * latent)
         for encoder in (self.prior, self.posterior):  # both are standard normal at first
-            nn.init.zeros_(encoder.head.weight)
-            nn.init.zeros_(encoder.head.bias)
+            _zero(encoder.head[-1])
         layer = convolution(ndim)
         # Without normalisation, which would take away what is the same at all voxels: the latent.
         self.head = nn.Sequential(
             nn.LeakyReLU(0.1), layer(width + latent, width, 1), nn.LeakyReLU(0.1), layer(width, width, 1), nn.LeakyReLU(0.1), layer(width, classes, 1)
         )
+        # What a latent changes comes beside the logits of the U-Net, and is nothing at first.
+        _zero(self.head[-1])
         self.warm_up = warm_up
         self.register_buffer("warmed", torch.zeros((), dtype=torch.int64))
 
@@ -221,10 +224,15 @@ class ProbabilisticUNet(nn.Module):
         return min(1.0, int(self.warmed) / max(1, self.warm_up))
 
     def _at(self, images: Tensor, latents: Tensor) -> Tensor:
-        seen = self.body(images)
+        logits, seen = self.body(images).tensor_split([self.classes], 1)
         everywhere = latents.reshape(*latents.shape, *[1] * (images.ndim - 2)).expand(-1, -1, *images.shape[2:])
-        out: Tensor = self.head(torch.cat([seen, everywhere], 1))
+        out: Tensor = logits + self.head(torch.cat([seen, everywhere], 1))
         return out
+
+
+def _zero(layer: nn.Module) -> None:
+    for numbers in layer.parameters():
+        nn.init.zeros_(numbers)
 
 
 def normal(numbers: Tensor) -> Independent:

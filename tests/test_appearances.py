@@ -177,11 +177,26 @@ def test_sufficient_statistics_are_conditional_moments_voxel_by_voxel(channels: 
         x = x + gain @ (values[seen, v] - means[k][seen])
         spread = spread - gain @ covariances[k][seen]
         mass[k] += responsibilities[k, v]
-        first[k] += responsibilities[k, v] * x
-        second[k] += responsibilities[k, v] * (torch.outer(x, x) + spread)
+        apart = x - means[k]
+        first[k] += responsibilities[k, v] * apart
+        second[k] += responsibilities[k, v] * (torch.outer(apart, apart) + spread)
     found = sufficient_statistics(values, responsibilities, means, covariances)
     for a, b in zip(found, (mass, first, second), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_many_voxels_of_one_value_leave_the_prior_s_covariance_in_single_precision() -> None:
+    """Without noise, what is left of the covariance is Ψ over its count; sums of squares about zero are 1e9 here, and their rounding 100."""
+    a = GaussianMixture([1, 1], 1)
+    log_prior = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat_interleave(500_000, 1).clamp_min(1e-6).log().float()
+    image = torch.tensor([0.5, 43.7]).repeat_interleave(500_000)[None].float()
+    state = a.start(log_prior, image)
+    for _ in range(3):
+        mixture = a.mixture(log_prior, state["weights"], state["means"], state["covariances"])
+        state = a.em_update(log_prior, mixture, image, state["weights"])
+    distance = torch.tensor([0.5, 43.7], dtype=torch.float32) - a.location
+    expected = (a.df * a.scale**2 + a.certainty * distance.square()) / (500_000 + a.df + 3)
+    torch.testing.assert_close(state["covariances"][:, 0, 0], expected, rtol=0.05, atol=0.0)
 
 
 def log_joint(
