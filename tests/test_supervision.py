@@ -92,7 +92,7 @@ def test_a_voxel_sees_as_many_voxels_as_it_should(name: str, side: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("unet", 1438819), ("fcn", 111531), ("deepmedic", 229467), ("voxelwise", 104467), ("probabilistic-unet", 2315067)]
+    ("name", "count"), [("unet", 1438819), ("fcn", 111531), ("deepmedic", 229467), ("voxelwise", 104467), ("probabilistic-unet", 2315374)]
 )
 def test_numbers_of_parameters(name: str, count: int) -> None:
     """Of three labels in 3D."""
@@ -240,11 +240,11 @@ def test_draws_of_a_one_shot_model_are_examples() -> None:
 
 
 def test_divergences_are_those_of_normal_distributions() -> None:
-    """KL(q ‖ p) of independent normals in nats, written out; log variances stay within ±8."""
+    """KL(q ‖ p) of independent normals in nats, written out; log variances stay within ±4."""
     torch.manual_seed(0)
     q, p = torch.randn(2, 4, 6, dtype=torch.float64)
     q[0, 3], p[1, 4] = 9.0, -40.0
-    (m, v), (n, w) = ((each[:, :3], 8 * torch.tanh(each[:, 3:] / 8)) for each in (q, p))
+    (m, v), (n, w) = ((each[:, :3], 4 * torch.tanh(each[:, 3:] / 4)) for each in (q, p))
     expected = 0.5 * (w - v + ((v - w).exp() + (m - n).square() / w.exp()) - 1).sum(1)
     torch.testing.assert_close(torch.distributions.kl_divergence(normal(q), normal(p)), expected)
 
@@ -253,10 +253,13 @@ def test_the_divergence_enters_by_and_by() -> None:
     network = ProbabilisticUNet(2, 1, 3, warm_up=4)
     assert [network.divergence_weight() for _ in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     images, truth = torch.randn(2, 1, 20, 18), one_hot(torch.randint(3, (2, 20, 18)), 3)
-    assert network.fitted(images, truth)[1].tolist() == [0.0, 0.0]
-    for part in (network.prior, network.posterior):
-        torch.nn.init.normal_(part.head.weight)
     logits, divergence = network.fitted(images, truth)
+    assert divergence.tolist() == [0.0, 0.0] and torch.equal(logits, network(images)) and torch.equal(network.draw(images), logits)
+    for part in (network.prior, network.posterior):
+        torch.nn.init.normal_(part.head[-1].weight)
+    torch.nn.init.normal_(network.head[-1].weight)
+    logits, divergence = network.fitted(images, truth)
+    assert float((logits - network.draw(images)).detach().abs().max()) > 0.01
     assert logits.shape == (2, 3, 20, 18) and divergence.shape == (2,) and bool((divergence > 0).all())
     for part in (network.prior, network.posterior):
         assert any(float(g.abs().max()) > 0 for g in torch.autograd.grad(divergence.sum(), list(part.parameters()), retain_graph=True))
@@ -293,6 +296,18 @@ def test_a_probabilistic_unet_draws_both_answers_where_raters_differ() -> None:
     share = draws.argmax(1)[:, labels > 0].gt(0).float().mean(1)
     assert float(((share < 0.1) | (share > 0.9)).float().mean()) > 0.8
     assert 0.25 < float((share > 0.5).float().mean()) < 0.75
+
+
+def test_what_an_encoder_says_does_not_grow_with_its_features() -> None:
+    """Else a discriminator's slopes, and the latents of a probabilistic U-Net, run away while it trains."""
+    torch.manual_seed(0)
+    encoder, images = Encoder(2, 1, 4), torch.randn(3, 1, 40, 40)
+    layer = encoder.head[-1]
+    with torch.no_grad():
+        for p in encoder.body.parameters():
+            p *= 10
+        # 64 features of mean 0 and variance 1 are 8 long.
+        assert bool((encoder(images).abs() <= 8 * layer.weight.norm(dim=1) + layer.bias.abs() + 1e-5).all())
 
 
 def test_neither_adversary_moves_the_other() -> None:
