@@ -53,7 +53,6 @@ FEW = {
     ("msd_hippocampus", "ANTs SyNCC"): 30,
     ("msd_hippocampus", "SimpleITK B-spline"): 30,
     ("msd_hippocampus", "probmed, network refined"): 30,
-    ("ibsr18", "ANTs SyN"): 32,
     ("oasis_trt_slices", "SimpleITK B-spline"): 30,
     ("ibsr18", "ANTs SyNCC"): 0,
     ("ibsr18", "SimpleITK B-spline"): 0,
