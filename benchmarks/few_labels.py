@@ -38,6 +38,7 @@ from probmed.workflows.registration import RegistrationSettings, places, registe
 from probmed.workflows.shapes import ShapeSettings, TrainedShapes, fit_shapes, read_label_maps, segment_with_shapes
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
 from probmed.workflows.training_sets import Augmentation, Examples, completed, labelled, on_grid, one_shot, random_contrast, regions_of
+from probmed.workflows.volume_errors import VolumeErrors
 
 STEPS, BATCH, RATE = 800, 2, 2e-3
 LONG = 4000  # steps of one network, to see what more training gives
@@ -215,7 +216,7 @@ def measured(log: Log, data: Data, name: str, seed: int) -> list[Row]:
 
 
 def answering(data: Data, name: str, seed: int) -> Answer:
-    return ANSWERS[name](data) if name in ANSWERS else network(data, name, METHODS[name], seed).probabilities
+    return ANSWERS[name](data) if name in ANSWERS else Networks((network(data, name, METHODS[name], seed),))
 
 
 def network(data: Data, name: str, method: Method, seed: int) -> TrainedSegmenter:
@@ -262,6 +263,29 @@ def shaped(data: Data) -> Answer:
     return lambda volume: segment_with_shapes(data.shapes, volume, model=model, steps=REFINED).probabilities
 
 
+@dataclass(frozen=True)
+class Networks:
+    """An ``Answer`` of one network or more.
+
+    Arguments:
+        passes: of each network that draws; 0 for its mean.
+    """
+
+    members: Sequence[TrainedSegmenter]
+    passes: int = 0
+    seed: int = 0
+
+    def __call__(self, volume: Volume) -> Tensor:
+        found = [member.probabilities(volume, self.passes, self.seed) for member in self.members]
+        return torch.cat(found) if self.passes else torch.stack(found)
+
+    @property
+    def errors(self) -> list[VolumeErrors]:
+        """Of the volumes of each answer, where all are known."""
+        known = [member.volume_errors for member in self.members if member.volume_errors is not None]
+        return [own for own in known for _ in range(max(1, self.passes))] if len(known) == len(self.members) else []
+
+
 Answer = Callable[[Volume], Tensor]
 """Probabilities of the labels of a scan, ``(K, *shape)``, or draws of them, ``(draws, K, *shape)``."""
 
@@ -276,6 +300,7 @@ def score(name: str, path: Path, answer: Answer, volume: Volume | None = None) -
     Arguments:
         volume: what is answered; the scan itself by default.
     """
+    errors = answer.errors if isinstance(answer, Networks) else []
     volume, truth = volume or read_scan(path), read_labels(beside(path)).data
     start = time.perf_counter()
     draws = answer(volume)
@@ -284,6 +309,7 @@ def score(name: str, path: Path, answer: Answer, volume: Volume | None = None) -
     p = draws.mean(0)
     found = p.argmax(0)
     band = boundary_band(truth > 0, BAND_MM, volume.spacing)
+    true = torch.stack([(truth == k).sum() for k in LABELS])
     return {
         "method": name,
         "scan": path.name[12:15],
@@ -292,25 +318,35 @@ def score(name: str, path: Path, answer: Answer, volume: Volume | None = None) -
         "nll": negative_log_likelihood(p, truth),
         "brier": brier_score(p, truth),
         "ece": statistics.fmean(calibration_error(p[k], truth == k, band) for k in LABELS),
-        "volume_error": statistics.fmean(100 * abs(float(p[k].sum() / (truth == k).sum()) - 1) for k in LABELS),
-        "z": [round(z, 3) for z in volume_scores(draws, truth)],
+        "volume_error": float(100 * (volumes_of(draws, errors) / true - 1).abs().mean()),
+        "z": [round(z, 3) for z in volume_scores(draws, true, errors)],
         "seconds": round(seconds, 3),
     }
 
 
-def volume_scores(draws: Tensor, truth: Tensor) -> list[float]:
-    """(true volume − mean) / standard deviation, of each label but the background.
+def volumes_of(draws: Tensor, errors: Sequence[VolumeErrors] = ()) -> Tensor:
+    """What is said of the volume of each label but the background, voxels: a mean over draws ``(D, K, *shape)``, corrected by errors."""
+    volumes = draws[:, 1:].flatten(2).double().sum(-1)
+    return torch.stack([own.medians(v) for own, v in zip(errors, volumes, strict=True)]).mean(0) if errors else volumes.mean(0)
+
+
+def volume_scores(draws: Tensor, true: Tensor, errors: Sequence[VolumeErrors] = ()) -> list[float]:
+    """(true volume − mean) / standard deviation, of each label but the background; where errors on validation scans are known, the standard normal's
+    quantile of the true volume's level.
 
     Given a draw of p(label), voxels are independent; the variance is what they leave, and that of the mean volume between draws.
 
     Arguments:
-        draws: ``(D, K, *shape)``. truth: ``(*shape)``.
+        draws: ``(D, K, *shape)``. true: volumes, voxels, ``(K - 1,)``. errors: of each draw, or none.
     """
-    flat = draws.flatten(2).double()
+    flat = draws[:, 1:].flatten(2).double()
+    if errors:
+        levels = torch.stack([own.levels(v, true) for own, v in zip(errors, flat.sum(-1), strict=True)]).mean(0)
+        found: list[float] = torch.special.ndtri(levels.clamp(1e-12, 1 - 1e-12)).tolist()
+        return found
     volumes, left = flat.sum(-1), (flat * (1 - flat)).sum(-1).mean(0)
     sd = (left + (volumes.var(0) if len(volumes) > 1 else 0.0)).sqrt().clamp_min(1e-6)
-    true = torch.stack([(truth == k).sum() for k in range(draws.shape[1])])
-    scores: list[float] = ((true - volumes.mean(0)) / sd)[1:].tolist()
+    scores: list[float] = ((true - volumes.mean(0)) / sd).tolist()
     return scores
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.few_labels import FULL, METHODS, REGISTRATION, SHAPED, SHAPES, Answer, Data, Method, answering, coverage, network, score
+from benchmarks.few_labels import FULL, METHODS, REGISTRATION, SHAPED, SHAPES, Answer, Data, Method, Networks, answering, coverage, network, score
 from benchmarks.tables import Log, Row, Table
 from probmed.fields import GaussianField
 from probmed.simulation.contrasts import CONTRASTS as simulated
@@ -141,10 +141,9 @@ def several(data: Data, name: str, seed: int) -> Answer:
         whole = METHODS[FULL]
         others = [network(data, f"{FULL}, seed {seed + n}", whole, seed + n) for n in range(1, MEMBERS)]
         members = [network(data, FULL, whole, seed), *others]
-        return lambda volume: torch.stack([member.probabilities(volume) for member in members])
+        return Networks(members)
     if name in DRAWN:
-        drawn = network(data, name, DRAWN[name], seed)
-        return lambda volume: drawn.probabilities(volume, PASSES, seed)
+        return Networks([network(data, name, DRAWN[name], seed)], PASSES, seed)
     return answering(data, name, seed)
 
 

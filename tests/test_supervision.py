@@ -44,6 +44,7 @@ from probmed.workflows.supervision import (
 )
 from probmed.workflows.supervision_outputs import Labelled
 from probmed.workflows.training_sets import Augmentation, completed, drawn_from, intensity_regions, labelled, one_shot, random_contrast
+from probmed.workflows.volume_errors import VolumeErrors
 
 GRID = Grid.from_spacing((24, 20), 2.0)
 
@@ -484,6 +485,19 @@ def test_volumes_vary_with_draws_and_with_the_labels_that_a_draw_leaves_open() -
     same = Labelled(scan, {7: "ring"}, torch.full((4000, 2, *GRID.shape), 0.5)).volumes.iloc[0]
     assert same["q975"] - same["q025"] == pytest.approx(2 * 1.96 * math.sqrt(0.25 * voxels) * 4e-3, rel=0.05)
     assert math.isnan(Labelled(scan, {7: "ring"}, p[:1]).volumes.iloc[0]["q025"])
+
+
+def test_volumes_have_the_errors_that_they_had_on_validation_scans() -> None:
+    """Of one answer alone; of two with errors of their own, the mixture."""
+    scan = Volume.from_grid(torch.zeros(GRID.shape), GRID)
+    p = torch.full((2, 2, *GRID.shape), 0.5)
+    small, large = VolumeErrors((0.0,), (1e-6,), (9,)), VolumeErrors((math.log(1.2),), (0.1,), (9,))
+    half = 0.5 * GRID.numel * 4e-3
+    row = Labelled(scan, {7: "ring"}, p[:1], [large]).volumes.iloc[0]
+    assert row["volume_ml"] == pytest.approx(1.2 * half)
+    assert math.log(row["q975"] / row["q025"]) == pytest.approx(2 * 2.306 * 0.1 * math.sqrt(10 / 9), rel=0.1)
+    both = Labelled(scan, {7: "ring"}, p, [small, large]).volumes.iloc[0]
+    assert both["volume_ml"] == pytest.approx(1.1 * half) and both["q250"] == pytest.approx(half, rel=1e-3) and both["q900"] > 1.2 * half
 
 
 def test_a_scan_without_any_label_has_a_report() -> None:

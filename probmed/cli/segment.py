@@ -206,13 +206,14 @@ def _by_networks(subject: Subject, request: Request, label: str) -> str:
     check_outputs(request.out, network_names(subject.stem, list(names.values())).values(), subject.stem, request.protect)
     with progress.collected_warnings([subject.name]) as lines, progress.progress_bar(label, request.quiet) as tell:
         scan = read_scan(subject.channels[0])
-        found = []
+        found, errors = [], []
         for number, network in enumerate(request.networks):
             passes = request.draws if network.draws else 0
             p = network.probabilities(scan, passes, request.seed)
             found.append(p if passes else p[None])
+            errors += [network.volume_errors] * max(1, passes)
             tell("segmenting", 0.9 * (number + 1) / len(request.networks))
-        result = Labelled(scan, names, torch.cat(found))
+        result = Labelled(scan, names, torch.cat(found), () if None in errors else errors)
         tell("writing", 0.9)
         provenance = Provenance.of(command_line(), request.seed, [subject.name], lines)
         page = network_page(result, provenance, subject.stem)

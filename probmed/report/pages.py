@@ -174,10 +174,10 @@ def network_page(result: Labelled, provenance: Provenance, title: str) -> str:
         version=__version__,
         summary=[("voxels", f"{shape}, {spacing} mm"), ("answers", str(count))],
         **_labels(view),
-        volumes=_image(figures.volumes(result.volumes, view.colours), "volumes with intervals") if count > 1 else None,
+        volumes=_image(figures.volumes(result.volumes, view.colours), "volumes with intervals") if count > 1 or result.errors else None,
         table=_volume_rows(result.volumes, None),
         truth=False,
-        drawn=f"{count} answers of passes, draws or networks, and what each leaves open",
+        drawn="the errors of volumes on validation scans" if result.errors else f"{count} passes, draws or networks, and what each leaves open",
         provenance=provenance,
     )
 

@@ -467,6 +467,7 @@ class ShapeSegmenter:
 
     trained: TrainedShapes
     draws: ClassVar[bool] = True
+    volume_errors: ClassVar[None] = None
 
     @property
     def names(self) -> dict[int, str]:

@@ -32,6 +32,7 @@ from probmed.volumes import UnusableInput, Volume, atomic_write
 from probmed.workflows.amortisation import Cohort, brought
 from probmed.workflows.cohorts import own_world
 from probmed.workflows.training_sets import Examples, drawn_from
+from probmed.workflows.volume_errors import VolumeErrors
 
 _HOTTEST = 20.0  # temperature
 
@@ -66,6 +67,7 @@ class TrainedSegmenter:
     Arguments:
         grid: on which it sees scans. codes: label k of the network in label maps, 0 first. names: of codes but the first.
         temperature: by which logits are divided. discriminator: of label maps, in training alone.
+        volume_errors: as learned from validation scans, where there are enough of them.
     """
 
     grid: Grid
@@ -75,6 +77,7 @@ class TrainedSegmenter:
     network: nn.Module
     temperature: float = 1.0
     discriminator: Encoder | None = None
+    volume_errors: VolumeErrors | None = None
 
     @classmethod
     def build(
@@ -147,7 +150,7 @@ class TrainedSegmenter:
 
     @torch.no_grad()
     def calibrate(self, cohort: Cohort) -> float:
-        """Set the temperature at which scans that training has not seen are most probable.
+        """Set the temperature at which scans that training has not seen are most probable, and how far volumes are from the truth on them.
 
         References: Guo et al., ICML 2017.
         """
@@ -155,8 +158,11 @@ class TrainedSegmenter:
         parts = []
         for image, labels in zip(cohort.images, cohort.labels, strict=True):
             known = labels >= 0
-            parts.append((self.logits(image[None].to(self.device))[0].cpu()[:, known].mT, labels[known]))
+            parts.append((self.logits(image[None].to(self.device))[0].cpu()[:, known].mT, labels[known].cpu()))
         self.temperature = best_temperature(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
+        found = torch.stack([(x / self.temperature).softmax(1).sum(0) for x, _ in parts])
+        true = torch.stack([y.bincount(minlength=len(self.codes)) for _, y in parts])
+        self.volume_errors = VolumeErrors.of(found[:, 1:], true[:, 1:])
         return self.temperature
 
     @torch.no_grad()
@@ -196,6 +202,7 @@ class TrainedSegmenter:
             save_file({name: t.detach().cpu().contiguous().clone() for name, t in self.network.state_dict().items()}, path)
         described = {"probmed": probmed.__version__, "system": "segmentation", **asdict(self.settings)}
         described |= {"shape": self.grid.shape, "spacing_mm": self.grid.spacing, "codes": self.codes, "temperature": self.temperature}
+        described["volume_errors"] = None if self.volume_errors is None else self.volume_errors.rows
         described |= {"names": {str(code): name for code, name in self.names.items()}}
         with atomic_write(folder / "network.json") as path:
             path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -210,13 +217,14 @@ class TrainedSegmenter:
             described: dict[str, Any] = json.loads((folder / "network.json").read_text(encoding="utf-8"))
             if described["system"] != "segmentation":
                 raise ValueError(f"it is a network for {described['system']}")
-            # Networks of before there were adversaries have none.
+            # Networks of before there were adversaries have none, nor errors of volumes.
             described.setdefault("adversary", 0.0)
             settings = SegmenterSettings(**{f.name: described[f.name] for f in fields(SegmenterSettings)})
             grid = Grid.from_spacing(described["shape"], described["spacing_mm"])
             trained = cls.build(grid, settings, described["codes"], {int(code): name for code, name in described["names"].items()})
             trained.network.load_state_dict(load_file(folder / "network.safetensors"))
             trained.temperature = float(described["temperature"])
+            trained.volume_errors = VolumeErrors.read(described.get("volume_errors"))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             fault = f"holds no segmentation network that can be read ({error})"
             raise UnusableInput(folder, fault, "give a folder that `probmed train segmentation` has written") from error

@@ -1,7 +1,8 @@
 """A scan that a network has segmented, as files: BIDS derivatives, all of them or none.
 
 Of ``sub-01_T1w.nii.gz``: ``_dseg.nii.gz`` with ``_dseg.tsv``, ``_label-X_probseg.nii.gz`` for each label, ``_volumes.tsv``, a ``.json`` beside each,
-and ``_report.html``. Volumes are sums of probabilities; their intervals are of passes with dropout, or of several networks, where there are any.
+and ``_report.html``. Volumes are sums of probabilities. Their intervals are of their errors on validation scans, where networks know them; else of
+passes with dropout, draws, or several networks, where there are any.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from probmed.workflows.outputs import (
 )
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import interval_table
+from probmed.workflows.volume_errors import VolumeErrors
+
+_DRAWS = 4000  # of volumes, over all answers
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,13 @@ class Labelled:
     Arguments:
         names: of the labels' codes, in the networks' order, background left out.
         answers: of passes, draws or networks, ``(N, K, *shape)``, background first.
+        errors: of the volumes of each answer, where all are known; or none.
     """
 
     scan: Volume
     names: dict[int, str]
     answers: Tensor
+    errors: Sequence[VolumeErrors] = ()
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -61,12 +67,18 @@ class Labelled:
 
     @cached_property
     def volumes(self) -> pd.DataFrame:
-        """``interval_table`` in ml: draws of the answers, and of each one's labels, voxels being independent given it; one answer has none."""
+        """``interval_table`` in ml: where errors are known, of draws of them for each answer; else of draws of the answers and of each one's labels,
+        voxels being independent given it, and one answer has none."""
         voxel_ml = self.scan.as_3d().grid.voxel_volume / 1000
         p = self.answers[:, 1:].flatten(2).double()
-        means, sds = voxel_ml * p.sum(-1), voxel_ml * (p * (1 - p)).sum(-1).sqrt()
-        noise = torch.randn(means.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        drawn = (means + sds * noise).clamp_min(0.0)
+        means, generator = voxel_ml * p.sum(-1), torch.Generator().manual_seed(0)
+        if self.errors:
+            each = [torch.rand(-(-_DRAWS // len(p)), p.shape[1], dtype=torch.float64, generator=generator) for _ in self.errors]
+            drawn = torch.cat([own.quantiles(mean, levels) for own, mean, levels in zip(self.errors, means, each, strict=True)])
+            middle = torch.stack([own.medians(mean) for own, mean in zip(self.errors, means, strict=True)]).mean(0)
+            return interval_table(list(self.names), list(self.names.values()), middle, drawn)
+        sds = voxel_ml * (p * (1 - p)).sum(-1).sqrt()
+        drawn = (means + sds * torch.randn(means.shape, dtype=torch.float64, generator=generator)).clamp_min(0.0)
         return interval_table(list(self.names), list(self.names.values()), means.mean(0), drawn if len(drawn) > 1 else drawn[:0])
 
 
@@ -93,7 +105,7 @@ def write_network_segmentation(
     check_outputs(folder, with_sidecars(files), stem, protect)
     described: dict[str, dict[str, Any]] = {
         "dseg": {"Description": "The likeliest label of each voxel.", "Labels": {name: code for code, name in names.items()}},
-        "volumes": described_table("Volumes, and their quantiles over passes, draws or networks.", VOLUME_COLUMNS),
+        "volumes": described_table("Volumes, and their quantiles by errors on validation scans, or over passes, draws or networks.", VOLUME_COLUMNS),
     }
     with staged(folder, stem) as stage:
         write_labels(stage / files["dseg"], result.labels, scan)
