@@ -165,10 +165,11 @@ class Encoder(nn.Module):
             layers += [convolution(ndim)(wider, wider, 3, padding=1), nn.LeakyReLU(0.1)]
             width = wider
         self.body = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
+        # Features of one length, or a discriminator's slopes and a latent's place run away while they are trained.
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.head(self.body(images).flatten(2).mean(-1))
+        out: Tensor = self.head(self.norm(self.body(images).flatten(2).mean(-1)))
         return out
 
 
@@ -191,7 +192,7 @@ class ProbabilisticUNet(nn.Module):
         self.prior = Encoder(ndim, channels, 2 * latent)
         self.posterior = Encoder(ndim, channels + classes, 2 * latent)
         for encoder in (self.prior, self.posterior):  # both are standard normal at first
-            _zero(encoder.head[-1])
+            _zero(encoder.head)
         layer = convolution(ndim)
         # Without normalisation, which would take away what is the same at all voxels: the latent.
         self.head = nn.Sequential(

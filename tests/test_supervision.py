@@ -257,8 +257,9 @@ def test_the_divergence_enters_by_and_by() -> None:
     logits, divergence = network.fitted(images, truth)
     assert divergence.tolist() == [0.0, 0.0] and torch.equal(logits, network(images)) and torch.equal(network.draw(images), logits)
     for part in (network.prior, network.posterior):
-        torch.nn.init.normal_(part.head[-1].weight)
-    torch.nn.init.normal_(network.head[-1].weight)
+        torch.nn.init.normal_(part.head.weight)
+    for numbers in network.head[-1].parameters():
+        torch.nn.init.normal_(numbers)
     logits, divergence = network.fitted(images, truth)
     assert float((logits - network.draw(images)).detach().abs().max()) > 0.01
     assert logits.shape == (2, 3, 20, 18) and divergence.shape == (2,) and bool((divergence > 0).all())
@@ -303,10 +304,10 @@ def test_what_an_encoder_says_does_not_grow_with_its_features() -> None:
     """Else a discriminator's slopes, and the latents of a probabilistic U-Net, run away while it trains."""
     torch.manual_seed(0)
     encoder, images = Encoder(2, 1, 4), torch.randn(3, 1, 40, 40)
-    layer = encoder.head[-1]
+    layer = encoder.head
     with torch.no_grad():
         for p in encoder.body.parameters():
-            p *= 10
+            p.mul_(10)
         # 64 features of mean 0 and variance 1 are 8 long.
         assert bool((encoder(images).abs() <= 8 * layer.weight.norm(dim=1) + layer.bias.abs() + 1e-5).all())
 
@@ -398,9 +399,19 @@ def test_dropout_at_prediction_spreads_and_leaves_the_mean_alone() -> None:
 def test_a_network_in_a_folder_says_the_same(tmp_path: Path) -> None:
     trained = trained_on_discs()
     volume = Volume.from_grid(disc(32)[0], GRID)
+    data, generator = cohort(4), torch.Generator().manual_seed(0)
+    odd = torch.randint(3, data.labels.shape, generator=generator)
+    data = replace(data, labels=torch.where(torch.rand(data.labels.shape, generator=generator) < 0.1, odd, data.labels))
+    trained.calibrate(data)
+    p = (trained.logits(data.images).detach() / trained.temperature).softmax(1).flatten(2).sum(2)
+    true = torch.stack([labels.flatten().bincount(minlength=3) for labels in data.labels])
+    known = VolumeErrors.of(p[:, 1:], true[:, 1:])
+    assert known is not None and trained.volume_errors is not None
+    torch.testing.assert_close(torch.tensor(known.rows), torch.tensor(trained.volume_errors.rows), rtol=1e-3, atol=1e-5)
     trained.save(tmp_path)
     again = TrainedSegmenter.load(tmp_path)
     assert again.names == {1: "ring", 2: "core"} and again.temperature == trained.temperature
+    assert again.volume_errors == trained.volume_errors
     assert torch.equal(again.probabilities(volume), trained.probabilities(volume))
     described = json.loads((tmp_path / "network.json").read_text())
     (tmp_path / "network.json").write_text(json.dumps({**described, "system": "registration"}))
@@ -458,9 +469,18 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
     p = [read_scan(tmp_path / "out" / f"s0_label-{name}_probseg.nii.gz").data for name in ("ring", "thecore")]
     volumes = pd.read_csv(tmp_path / "out" / "s0_volumes.tsv", sep="\t")
     assert volumes["volume_ml"].tolist() == pytest.approx([float(x.sum()) * 4e-3 for x in p], rel=1e-3)
-    assert volumes["q025"].isna().all()
+    assert volumes["q025"].isna().all()  # two validation scans are too few to learn errors from
     page = (tmp_path / "out" / "s0_report.html").read_text(encoding="utf-8")
     assert page.count("data:image") >= 2 and "One answer alone has no intervals" in page and "the core" in page
+    described = json.loads((run / "network.json").read_text())
+    assert described["volume_errors"] is None
+    described["volume_errors"] = [[0.1, 0.05, 9], [-0.1, 0.05, 9]]
+    (run / "network.json").write_text(json.dumps(described))
+    said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(run), "-o", str(tmp_path / "errors"))
+    corrected = pd.read_csv(tmp_path / "errors" / "s0_volumes.tsv", sep="\t")
+    assert (corrected["volume_ml"] / volumes["volume_ml"]).tolist() == pytest.approx([math.exp(0.1), math.exp(-0.1)], rel=1e-3)
+    assert (corrected["q025"] < corrected["volume_ml"]).all() and (corrected["volume_ml"] < corrected["q975"]).all()
+    assert "from the errors of volumes on validation scans" in (tmp_path / "errors" / "s0_report.html").read_text(encoding="utf-8")
     dropped = tmp_path / "dropped"
     said(*options, "-o", str(dropped), "--dropout", "0.3", "--examples", "contrasts", "--names", str(tmp_path / "names.json"))
     drawn = tmp_path / "drawn"
