@@ -666,3 +666,5 @@ def test_what_cannot_be_trained_on_or_used_gets_one_line(tmp_path: Path) -> None
     nothing = said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(tmp_path), "-o", str(tmp_path / "out"), code=2)
     assert "holds no segmentation network that can be read" in nothing
     assert "there is no such model" in said("segment", str(tmp_path / "s0.nii.gz"), "--model", "run9", "-o", str(tmp_path / "out"), code=2)
+    both = ["--model", "segmentation", "--model", str(tmp_path)]
+    assert "is a generative model" in said("segment", str(tmp_path / "s0.nii.gz"), *both, "-o", str(tmp_path / "out"), code=2)

@@ -176,9 +176,12 @@ def _networks(models: list[str]) -> tuple[Any, ...]:
     if not folders:
         return ()
     unknown = [name for name in folders if not Path(name).is_dir()]
-    if unknown or len(folders) < len(models):
+    if unknown:
         remedy = f"use one of: {', '.join(ZOO)}, or the folder of `probmed train segmentation` or `shapes`"
-        raise UnusableInput(f"--model {(unknown or models)[0]}", "there is no such model", remedy)
+        raise UnusableInput(f"--model {unknown[0]}", "there is no such model", remedy)
+    if len(folders) < len(models):
+        remedy = "ask one or the others, and lay them side by side with `probmed compare`"
+        raise UnusableInput("--model segmentation", "is a generative model, and beside it are networks", remedy)
     found = tuple(_trained(Path(name)) for name in folders)
     for folder, network in zip(folders, found, strict=True):
         if network.names != found[0].names:
