@@ -49,7 +49,6 @@ BAND_MM = 3.0  # about the true border, where calibration is judged
 LABELS = (1, 2)
 REGISTRATION = "registration, 20 draws"
 SHAPES = "shapes of all label maps, no labelled scan"
-SHAPED = 8  # test scans, the first ones, that it is measured on: half a minute each
 SHAPE_STEPS, SHAPE_SPACING = 600, 1.5
 REFINED = 40  # gradient steps on a scan's shape
 FULL = "U-Net, all labels"
@@ -207,7 +206,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
 
 def measured(log: Log, data: Data, name: str, seed: int) -> list[Row]:
     """A row for each test scan."""
-    keys = {f"{name}/{path.name[12:15]}": path for path in data.test[: SHAPED if name == SHAPES else None]}
+    keys = {f"{name}/{path.name[12:15]}": path for path in data.test}
     if any(key not in log.rows for key in keys):
         answer = answering(data, name, seed)
         for key, path in keys.items():

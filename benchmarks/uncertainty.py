@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.few_labels import FULL, METHODS, REGISTRATION, SHAPED, SHAPES, Answer, Data, Method, Networks, answering, coverage, network, score
+from benchmarks.few_labels import ANSWERS, FULL, METHODS, REGISTRATION, SHAPES, Answer, Data, Method, Networks, answering, coverage, network, score
 from benchmarks.tables import Log, Row, Table
 from probmed.fields import GaussianField
 from probmed.simulation.contrasts import CONTRASTS as simulated
@@ -24,7 +24,7 @@ from probmed.simulation.contrasts import stream
 from probmed.volumes import Volume, read_scan, scaled
 from probmed.workflows.supervision import SegmenterSettings
 
-FEW = {REGISTRATION: 15, SHAPES: SHAPED}  # test scans, the first ones, that methods are measured on which take seconds
+FEW = {REGISTRATION: 15, SHAPES: 15}  # test scans, the first ones, that methods are measured on which take seconds
 SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
@@ -94,8 +94,7 @@ DRAWN: Mapping[str, Method] = {
 }
 """Networks that are asked several times."""
 
-MEASURED = (REGISTRATION, *METHODS, *DRAWN, ENSEMBLE)
-"""Shapes, which take long, are in `contrast`."""
+MEASURED = (*ANSWERS, *METHODS, *DRAWN, ENSEMBLE)
 
 
 def shifted(path: Path, shift: str, seed: int = 0) -> Volume:

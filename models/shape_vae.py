@@ -32,7 +32,8 @@ from probmed.priors import FLOOR, DeformationPrior, LabelPrior, Motion
 class ShapeVAE(LabelPrior):
     """Labels that a network expects for a code of shape, on any grid.
 
-    Sites: ``shape_code``, ``(L,)``, and those of the deformation.
+    Sites: ``shape_code``, ``(L,)``, and those of the deformation. Conditioned on several codes, ``(B, L)``, it gives the labels of each,
+    ``(B, K, *shape)``, in little more time than one takes.
 
     Arguments:
         names: of the K labels.
@@ -85,6 +86,8 @@ class ShapeVAE(LabelPrior):
             return log_labels
         points = grid.coordinates(log_labels.dtype, log_labels.device)
         points = points if self.deformation is None else self.deformation()(points)
+        if log_labels.ndim > self.grid.ndim + 1:
+            points = points.expand(len(log_labels), *points.shape)
         # Means of probabilities, as of an atlas's: means of their logarithms would not sum to one.
         return sample(log_labels.exp(), self.grid, points, fill="edge").log()
 

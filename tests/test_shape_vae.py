@@ -18,7 +18,7 @@ from pyro.distributions import Normal
 from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor, nn
 
-from probmed.appearances import GaussianMixture
+from probmed.appearances import BiasField, GaussianMixture
 from probmed.grids import Grid, MaskedGrid
 from probmed.inference.amortised import elbo_loss
 from probmed.inference.em import ascend, em, log_joint
@@ -42,6 +42,7 @@ from probmed.volumes import UnusableInput, Volume, write_labels
 from probmed.workflows.shapes import (
     ShapeSettings,
     TrainedShapes,
+    at_codes,
     code_bound,
     fit_reader,
     fit_scan,
@@ -212,6 +213,22 @@ def test_model_and_guide_obey_the_handlers() -> None:
     samples = {name: torch.stack([value.detach()] * 3) for name, value in state.items()}
     assert Predictive(program, samples)()["image"].reshape(3, *image.shape).std(0).min() > 0
     assert torch.equal(poutine.condition(model.labels, data=state)(TINY), model.labels.decode(state["shape_code"]))
+
+
+def test_several_codes_at_once_are_as_one_after_another() -> None:
+    """On a grid whose first axis is as long as there are codes, moved, and with a bias field."""
+    grid, plain = Grid.from_spacing((3, 4), 0.8), tiny_shapes()
+    shapes = ShapeVAE(NAMES, TINY, plain.decoder, 1, plain.location, deformation=AffinePrior(2))
+    model = Segmentation(shapes, GaussianMixture([1, 2]), BiasField(cutoff_mm=2.0))
+    image = torch.rand(1, *grid.shape)
+    state = model.start(image, grid)
+    moved = {name: value + 0.1 * torch.randn_like(value) for name, value in state.items() if name not in model.closed_form_sites}
+    state = state | moved | {"bias": 0.1 * torch.randn_like(state["bias"])}
+    codes = torch.randn(3, 1)
+    together = at_codes(model, state, codes, grid)
+    each = [model.mixture(state | {"shape_code": code}, grid) for code in codes]
+    torch.testing.assert_close(together.log_prob(image), torch.stack([one.log_prob(image) for one in each]))
+    torch.testing.assert_close(together.posterior(image), torch.stack([one.posterior(image) for one in each]))
 
 
 @pytest.mark.slow

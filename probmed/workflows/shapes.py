@@ -28,6 +28,7 @@ from torch.nn import functional
 import probmed
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import LabelAtlas
+from probmed.distributions import LabelMixture
 from probmed.grids import Grid
 from probmed.inference.em import em
 from probmed.inference.parameters import local_parameters, seeded
@@ -42,6 +43,7 @@ from probmed.workflows.amortisation import brought
 from probmed.workflows.cohorts import common_grid, own_world
 from probmed.workflows.training_sets import Augmentation
 
+_TOGETHER = 4  # codes whose labels are found at once; one takes as long
 _TRIED = 5  # part of the steps that both starts take
 _UNSEEN = 0.5  # label maps that have each label at each voxel, beside those of the table
 
@@ -333,15 +335,26 @@ class ShapeFit:
     refined: float
 
 
-def code_bound(model: Segmentation, code: Normal, state: dict[str, Tensor], image: Tensor, grid: Grid, noise: Tensor) -> Tensor:
-    """E_q log p(I | z, θ) − KL(q ‖ p(z)) + log p(θ) at a value of the other latents θ, by draws of standard normals ``(M, L)``, nats."""
-    drawn = code.loc + code.scale * noise
-    fits = [model.mixture(state | {"shape_code": z}, grid).log_prob(image) for z in drawn]
-    return model.tempering * torch.stack(fits).mean() - standard_divergence(code) + _log_prior(model, state, grid)
+def code_bound(
+    model: Segmentation, code: Normal, state: dict[str, Tensor], image: Tensor, grid: Grid, noise: Tensor, log_prior: Tensor | None = None
+) -> Tensor:
+    """E_q log p(I | z, θ) − KL(q ‖ p(z)) + log p(θ) at a value of the other latents θ, by draws of standard normals ``(M, L)``, nats.
+
+    Arguments:
+        log_prior: log p(θ), where it is known already.
+    """
+    fits = at_codes(model, state, code.loc + code.scale * noise, grid).log_prob(image)
+    return model.tempering * fits.mean() - standard_divergence(code) + (log_prior_of(model, state, grid) if log_prior is None else log_prior)
+
+
+def at_codes(model: Segmentation, state: dict[str, Tensor], codes: Tensor, grid: Grid) -> LabelMixture:
+    """p(I | z, θ) for codes ``(M, L)``, all at once, and one value of the other latents θ; batch ``(M,)``."""
+    alike = {name: state[name].expand(len(codes), *state[name].shape) for name in model.closed_form_sites if name in state}
+    return model.mixture(state | alike | {"shape_code": codes}, grid)
 
 
 @torch.no_grad()
-def _log_prior(model: Segmentation, state: dict[str, Tensor], grid: Grid) -> Tensor:
+def log_prior_of(model: Segmentation, state: dict[str, Tensor], grid: Grid) -> Tensor:
     """log p of all latents but the code."""
     others = set(state) - {"shape_code"}
     trace = poutine.trace(poutine.condition(model, data=state)).get_trace(None, grid)
@@ -376,20 +389,22 @@ def refine(
     noise = torch.cat([half, -half])
     loc, log_sd = (x.detach().clone().requires_grad_() for x in (code.loc, code.scale.log()))
     state = model.em_step(state | {"shape_code": loc.detach()}, image, grid)
+    log_prior = log_prior_of(model, state, grid)
     with torch.no_grad():
-        first = float(code_bound(model, code, state, image, grid, noise))
+        first = float(code_bound(model, code, state, image, grid, noise, log_prior))
     if not math.isfinite(first):
         raise FloatingPointError(f"the bound is {first} nats at the start")
     best = ShapeFit(Normal(code.loc.detach(), code.scale.detach()), state, first, first)
     optimiser = torch.optim.Adam([loc, log_sd], lr=learning_rate)
     for step in range(1, steps + 1):
-        bound = code_bound(model, Normal(loc, log_sd.exp()), state, image, grid, noise)
+        bound = code_bound(model, Normal(loc, log_sd.exp()), state, image, grid, noise, log_prior)
         if float(bound.detach()) > best.refined:
             best = ShapeFit(Normal(loc.detach().clone(), log_sd.detach().exp()), state, first, float(bound.detach()))
         loc.grad, log_sd.grad = torch.autograd.grad(-bound, [loc, log_sd])
         optimiser.step()
         if step % every == 0:
             state = model.em_step(state | {"shape_code": loc.detach().clone()}, image, grid)
+            log_prior = log_prior_of(model, state, grid)
     return best
 
 
@@ -420,7 +435,7 @@ def label_draws(model: Segmentation, fit: ShapeFit, image: Tensor, grid: Grid, d
     """p(S_v = k | I, z), ``(draws, K, *shape)``, of draws of q(z); their mean is p(S_v = k | I)."""
     with seeded(seed):
         drawn = fit.code.sample((draws,))
-    return torch.stack([model.label_posterior(fit.state | {"shape_code": z}, image, grid) for z in drawn])
+    return torch.cat([at_codes(model, fit.state, some, grid).posterior(image) for some in drawn.split(_TOGETHER)])
 
 
 def in_own_world(grid: Grid) -> Grid:
