@@ -134,7 +134,6 @@ class Data:
         change = Augmentation(velocity_mm=2.5, rotation=0.15, log_scale=0.12)
         return random_contrast(regions_of(images, labels), labels, grid, BATCH, change)
 
-
     @cached_property
     def shapes(self) -> TrainedShapes:
         """Learned from label maps, without a scan, and kept."""
@@ -158,7 +157,7 @@ class Method:
     """
 
     examples: Callable[[Data], Examples]
-    settings: SegmenterSettings = field(default_factory=SegmenterSettings)
+    settings: SegmenterSettings = field(default_factory=lambda: SegmenterSettings(mixed_precision=True))
     steps: int = STEPS
     calibrated: bool = False
 

@@ -89,8 +89,11 @@ CONTRASTS: Mapping[str, Shift | None] = {"none": None, "inverted contrast": _inv
 
 ENSEMBLE = f"{MEMBERS} U-Nets, all labels"
 DRAWN: Mapping[str, Method] = {
-    "U-Net with dropout, all labels": Method(lambda data: data.supervised(None), SegmenterSettings(dropout=DROPOUT), calibrated=True),
-    "probabilistic U-Net, all labels": Method(lambda data: data.supervised(None), SegmenterSettings("probabilistic-unet"), calibrated=True),
+    name: Method(lambda data: data.supervised(None), settings, calibrated=True)
+    for name, settings in {
+        "U-Net with dropout, all labels": SegmenterSettings(dropout=DROPOUT, mixed_precision=True),
+        "probabilistic U-Net, all labels": SegmenterSettings("probabilistic-unet", mixed_precision=True),
+    }.items()
 }
 """Networks that are asked several times."""
 

@@ -169,7 +169,9 @@ class Encoder(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.body(images).flatten(2).mean(-1)))
+        found = self.body(images).flatten(2).mean(-1)
+        with torch.autocast(images.device.type, enabled=False):  # rounded, distributions would be others
+            out: Tensor = self.head(self.norm(found.to(self.norm.weight.dtype)))
         return out
 
 

@@ -45,12 +45,14 @@ class SegmenterSettings:
         network: one of ``segmentation_networks.NETWORKS``. dropout: share of features that training leaves out.
         overlap: weight of the soft Dice beside the cross-entropy; the probabilistic U-Net has none.
         adversary: weight of how improbable a discriminator finds that the network's label map is a true one; 0 trains none.
+        mixed_precision: the network in bfloat16, its loss and its parameters not.
     """
 
     network: str = "unet"
     dropout: float = 0.0
     overlap: float = 1.0
     adversary: float = 0.0
+    mixed_precision: bool = False
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
@@ -102,6 +104,10 @@ class TrainedSegmenter:
         return next(self.network.parameters()).device
 
     @property
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.mixed_precision)
+
+    @property
     def draws(self) -> bool:
         """Whether it says something else each time: it has dropout, or a latent."""
         return self.settings.dropout > 0 or isinstance(self.network, ProbabilisticUNet)
@@ -113,8 +119,11 @@ class TrainedSegmenter:
 
     def logits(self, images: Tensor) -> Tensor:
         """Of images ``(B, 1, *shape)``, NaN where unknown, whatever their units."""
-        out: Tensor = self.network(standardised(images))
-        return out
+        return self._logits(self.network, images)
+
+    def _logits(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        with self.autocast:
+            return network(standardised(images)).to(images.dtype)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Of images and labels, −1 where they are not known."""
@@ -122,7 +131,9 @@ class TrainedSegmenter:
         known = labels >= 0
         truth = one_hot(labels, len(self.codes))
         if isinstance(self.network, ProbabilisticUNet):
-            logits, divergence = self.network.fitted(standardised(images), truth)
+            with self.autocast:
+                logits, divergence = self.network.fitted(standardised(images), truth)
+            logits = logits.to(images.dtype)
             # The evidence's bound in nats, over the voxels. Soft Dice would count as a nat for each voxel, and the divergence beside it for nothing.
             overlap, rest = 0.0, self.network.divergence_weight() * divergence.sum() / known.sum().clamp_min(1)
         else:
@@ -187,7 +198,7 @@ class TrainedSegmenter:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             once = self.network.draw if isinstance(self.network, ProbabilisticUNet) else self.network
-            found = torch.cat([self._returned(once(standardised(image)), volume) for _ in range(passes)])
+            found = torch.cat([self._returned(self._logits(once, image), volume) for _ in range(passes)])
         self.network.eval()
         return found
 
@@ -217,8 +228,8 @@ class TrainedSegmenter:
             described: dict[str, Any] = json.loads((folder / "network.json").read_text(encoding="utf-8"))
             if described["system"] != "segmentation":
                 raise ValueError(f"it is a network for {described['system']}")
-            # Networks of before there were adversaries have none, nor errors of volumes.
-            described.setdefault("adversary", 0.0)
+            # Networks of before there were adversaries have none, nor errors of volumes, nor another precision.
+            described = {"adversary": 0.0, "mixed_precision": False, **described}
             settings = SegmenterSettings(**{f.name: described[f.name] for f in fields(SegmenterSettings)})
             grid = Grid.from_spacing(described["shape"], described["spacing_mm"])
             trained = cls.build(grid, settings, described["codes"], {int(code): name for code, name in described["names"].items()})
