@@ -312,6 +312,24 @@ def test_what_an_encoder_says_does_not_grow_with_its_features() -> None:
         assert bool((encoder(images).abs() <= 8 * layer.weight.norm(dim=1) + layer.bias.abs() + 1e-5).all())
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_mixed_precision_gives_what_full_precision_does_but_for_rounding(name: str, tmp_path: Path) -> None:
+    data = cohort(2)
+    exact, rounded = (TrainedSegmenter.build(GRID, SegmenterSettings(name, mixed_precision=mixed), data.codes) for mixed in (False, True))
+    volume = Volume.from_grid(data.images[0, 0], GRID)
+    for trained in (exact, rounded):
+        # No latent is drawn twice alike unless the seed is.
+        torch.manual_seed(0)
+        trained.loss((data.images, data.labels)).backward()  # type: ignore[no-untyped-call]
+    whole, near = (torch.cat([p.grad.flatten() for p in trained.network.parameters() if p.grad is not None]) for trained in (exact, rounded))
+    assert near.dtype == torch.float32 and not torch.equal(whole, near)
+    assert (near - whole).norm() < 0.2 * whole.norm()  # ten layers of eight bits each
+    p, q = exact.probabilities(volume), rounded.probabilities(volume)
+    assert q.dtype == torch.float32 and 0 < float((p - q).abs().max()) < 0.05
+    rounded.save(tmp_path)
+    assert torch.equal(TrainedSegmenter.load(tmp_path).probabilities(volume), q)
+
+
 def test_neither_adversary_moves_the_other() -> None:
     torch.manual_seed(0)
     discriminator = Encoder(2, 3, 1).double()
@@ -343,11 +361,11 @@ def test_an_adversary_is_of_the_training_alone(tmp_path: Path) -> None:
         SegmenterSettings(adversary=-1.0)
 
 
-def test_networks_of_before_there_were_adversaries_are_read(tmp_path: Path) -> None:
+def test_networks_of_before_there_were_adversaries_and_another_precision_are_read(tmp_path: Path) -> None:
     trained = TrainedSegmenter.build(GRID, SegmenterSettings("fcn"), (0, 1))
     trained.save(tmp_path)
     described = json.loads((tmp_path / "network.json").read_text())
-    del described["adversary"]
+    del described["adversary"], described["mixed_precision"]
     (tmp_path / "network.json").write_text(json.dumps(described))
     assert TrainedSegmenter.load(tmp_path).settings == trained.settings
 
@@ -484,7 +502,8 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
     dropped = tmp_path / "dropped"
     said(*options, "-o", str(dropped), "--dropout", "0.3", "--examples", "contrasts", "--names", str(tmp_path / "names.json"))
     drawn = tmp_path / "drawn"
-    said(*options, "-o", str(drawn), "--network", "probabilistic-unet", "--adversary", "0.05", "--names", str(tmp_path / "names.json"))
+    latent = ("--network", "probabilistic-unet", "--adversary", "0.05", "--mixed-precision")
+    said(*options, "-o", str(drawn), *latent, "--names", str(tmp_path / "names.json"))
     for run in (dropped, drawn):
         said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(run), "--draws", "4", "-o", str(tmp_path / run.name / "out"))
         volumes = pd.read_csv(tmp_path / run.name / "out" / "s0_volumes.tsv", sep="\t")

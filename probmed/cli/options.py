@@ -29,6 +29,7 @@ SeedOption = Annotated[int, typer.Option(min=0, max=2**31, help="Same seed, same
 DrawsOption = Annotated[
     int, typer.Option(min=2, max=10_000, help="Joint posterior draws behind the intervals.")
 ]
+MixedPrecisionOption = Annotated[bool, typer.Option("--mixed-precision", help="The network in bfloat16.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but what failed.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an unforeseen failure.")]
 

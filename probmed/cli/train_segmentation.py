@@ -12,7 +12,17 @@ import typer
 
 from probmed.cli import progress
 from probmed.cli.labelled_tables import FoldOption, NamesOption, read_names
-from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, check_runs, make_folder
+from probmed.cli.options import (
+    DebugOption,
+    Device,
+    DeviceOption,
+    MixedPrecisionOption,
+    QuietOption,
+    SeedOption,
+    check_device,
+    check_runs,
+    make_folder,
+)
 from probmed.tables import check_columns, folds, parts_of, read_table
 from probmed.volumes import UnusableInput, atomic_write
 
@@ -63,6 +73,7 @@ def segmentation(
     batch: Annotated[int, typer.Option(min=1, help="Scans a step.")] = 2,
     learning_rate: Annotated[float, typer.Option(min=0, help="At first; it falls to zero.")] = 2e-3,
     every: Annotated[int, typer.Option(min=1, help="Steps between rows of the log and checkpoints.")] = 100,
+    mixed_precision: MixedPrecisionOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     device: DeviceOption = Device.auto,
     seed: SeedOption = 0,
@@ -109,7 +120,7 @@ def segmentation(
             for name in ("workflows.segmenter_runs", "workflows.supervision", "workflows.training_sets", "inference.training")
         )
         run = runs.SegmenterRun(
-            supervision.SegmenterSettings(network.value, dropout, adversary=adversary),
+            supervision.SegmenterSettings(network.value, dropout, adversary=adversary, mixed_precision=mixed_precision),
             training_of.TrainingSettings(steps, learning_rate, seed=seed, every=every),
             examples.value,
             sets.Augmentation() if augment else None,
