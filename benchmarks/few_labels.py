@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.figures import band
 from benchmarks.pairs import beside, scans
 from benchmarks.tables import Log, Row, Table, mean_sd
 from benchmarks.tissue import data_folder
@@ -29,7 +30,7 @@ from probmed.grids import Grid, sample
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import boundary_band, brier_score, calibration_error, dice, negative_log_likelihood, paired_bootstrap, surface_distances
 from probmed.report.palette import ACCENT, distinct
-from probmed.report.panels import bare_axes, blank_figure, png
+from probmed.report.panels import bare_axes, blank_figure
 from probmed.volumes import Volume, read_labels, read_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.growth import Registered, Registrations
@@ -52,7 +53,6 @@ SHAPES = "shapes of all label maps, no labelled scan"
 SHAPE_STEPS, SHAPE_SPACING = 600, 1.5
 REFINED = 40  # gradient steps on a scan's shape
 FULL = "U-Net, all labels"
-FIGURE = Path(__file__).resolve().parent / "results" / "few_labels.png"
 
 
 @dataclass(frozen=True)
@@ -198,9 +198,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                     print(f"{name:50s} {statistics.fmean(row['dice'] for row in rows if row['method'] == name):.4f}", flush=True)
     settings = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "unlabelled": UNLABELLED, "carried": CARRIED}
     settings |= {"threads": threads, "scans": len(data.order)}
-    if rows and limit is None and not only:
-        FIGURE.write_bytes(png(figure(rows, len(data.order))))
-    return Table("few_labels", rows, summarise(rows), notes(rows), settings, seed)
+    return Table("few_labels", rows, summarise(rows), notes(rows), settings, seed, figure(rows, len(data.order)) if rows else None)
 
 
 def measured(log: Log, data: Data, name: str, seed: int) -> list[Row]:
@@ -399,7 +397,7 @@ def figure(rows: Sequence[Row], everything: int) -> Figure:
     drawn = blank_figure(8.4, 4.2)
     axis = drawn.add_axes((0.08, 0.13, 0.5, 0.82))
     of = {name: torch.tensor([row["dice"] for row in rows if row["method"] == name]) for name in dict.fromkeys(row["method"] for row in rows)}
-    bands = {name: _band(values) for name, values in of.items()}
+    bands = {name: band(values) for name, values in of.items()}
     counts = {name: int(found.group(1)) for name in of if (found := re.match(r"U-Net, (\d+) label", name))}
     counts |= {FULL: everything} if FULL in of else {}
     order = sorted(counts, key=lambda name: counts[name])
@@ -418,10 +416,3 @@ def figure(rows: Sequence[Row], everything: int) -> Figure:
     axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=7.5)
     bare_axes(axis)
     return drawn
-
-
-def _band(values: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
-    """2.5 % quantile, mean, and 97.5 % quantile of the mean over resampled scans."""
-    generator = torch.Generator().manual_seed(0)
-    means = values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(1)
-    return float(means.quantile(0.025)), float(values.mean()), float(means.quantile(0.975))

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from gpytorch.kernels import PeriodicKernel
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks import follow_ups
+from benchmarks.figures import forest
 from benchmarks.tables import Log, Row, Table, mean_sd
 from probmed.inference.gp_prior import CodeForecast, GlobalWeights, exact_loss, forecast_codes
 from probmed.inference.gp_prior_baselines import gppvae_loss, svgpvae_forecast, svgpvae_loss
@@ -30,6 +32,7 @@ from probmed.inference.parameters import seeded
 from probmed.inference.training import TrainingSettings, train
 from probmed.metrics import interval_coverage, paired_bootstrap
 from probmed.models.gp_prior_vae import CodePrior, Cohort, GPPriorGuide, GPPriorVAE, Intercept, Linear, PixelNormal, Within
+from probmed.report.panels import blank_figure
 
 DIGIT, ANGLES, SPLITS = 3, 6, 8
 TEST, VALIDATION, COMPLETE, UNSEEN = 40, 20, 40, 40  # digits: the first two lack an angle in training, the last are not in it
@@ -224,7 +227,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
             scans = follow_ups.rows(log, folder, only, seed)
         notes += "\n\n" + Table("", [], follow_ups.summarise(scans), follow_ups.differences(scans)).markdown()
         rows += scans
-    return Table("gp_prior_vae", rows, lines, notes, settings, seed)
+    return Table("gp_prior_vae", rows, lines, notes, settings, seed, figure(rows) if rows else None)
 
 
 def _digits(log: Log, limit: int | None, only: Sequence[str], seed: int) -> list[Row]:
@@ -339,3 +342,22 @@ def differences(rows: Sequence[Row]) -> str:
                 gains.append(f"{gain.mean:+.1f} [{gain.lower:+.1f}, {gain.upper:+.1f}]")
             parts.append(f"{name} {' and '.join(gains)}")
     return f"Nats an image of {first} less those of each method, mean over splits with a 95 % paired bootstrap interval: {'; '.join(parts)}."
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Squared error of each method over splits of the digits, and of each over people whose volumes are forecast."""
+    drawn = blank_figure(9.6, 5.0)
+    digits = {name: [row for row in rows if row["method"] == name] for name in METHODS}
+    for place, task in enumerate(TASKS):
+        of = {name: torch.tensor([row[task]["mse"] for row in own]) for name, own in digits.items() if own}
+        if of:
+            axis = drawn.add_axes((0.29 + 0.36 * place, 0.5, 0.33, 0.47))
+            axis.set_xscale("log")
+            forest(axis, of, next(iter(METHODS)), f"squared error, {task}", named=place == 0)
+    for place, kind in enumerate(follow_ups.COHORTS):
+        people = {name: [row for row in rows if (row.get("people"), row["method"]) == (kind, name)] for name in follow_ups.METHODS}
+        of = {name: torch.tensor([row["error"] for row in own]) for name, own in people.items() if own}
+        if of:
+            axis = drawn.add_axes((0.29 + 0.36 * place, 0.1, 0.33, 0.25))
+            forest(axis, of, follow_ups.CODES, f"error of follow-up volumes, %, {kind}", named=place == 0)
+    return drawn

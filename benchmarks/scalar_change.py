@@ -19,12 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.figures import forest
 from benchmarks.tables import Log, Row, Table
 from benchmarks.tissue import data_folder
 from probmed.inference.reml import ChangeData, fit_components
 from probmed.metrics import normal_crps, paired_bootstrap
+from probmed.report.palette import ACCENT, FAINT, INK
+from probmed.report.panels import bare_axes, blank_figure
 from probmed.slopes import DenseKernels, FollowUps
 from probmed.tables import Genotypes, Visits
 from probmed.workflows.longitudinal import RateSettings, fit_rates
@@ -85,7 +89,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                 print(f"{target} fold {fold} {name:28s} RMSE {row['rmse']:.4f}", flush=True)
     rows += traits(log, limit, only, seed)
     settings = {"threads": threads, "folds": FOLDS, "traits": TRAITS, "causal": CAUSAL, "structure": STRUCTURE, "principal_components": COMPONENTS}
-    return Table("scalar_change", rows, summarise(rows), notes(rows), settings, seed)
+    return Table("scalar_change", rows, summarise(rows), notes(rows), settings, seed, figure(rows) if rows else None)
 
 
 def held_out(visits: Visits, target: str, fold: int, seed: int) -> Task:
@@ -373,3 +377,23 @@ def notes(rows: Sequence[Row]) -> str:
         cells.append(f"{statistics.median(r['seconds'] / r['their_seconds'] for r in chosen):.2f}")
         table.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *(table if len(table) > 2 else [])])
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """CRPS of each method on each scalar, and both packages' heritabilities of each trait against the truth."""
+    drawn = blank_figure(11.0, 2.9)
+    for place, target in enumerate(TARGETS):
+        of = {method: normal_crps(*found) for method in METHODS if len((found := _pooled(rows, target, method))[0]) > 1}
+        if of:
+            forest(drawn.add_axes((0.16 + 0.185 * place, 0.2, 0.155, 0.68)), of, OURS, f"CRPS, {target}", named=place == 0)
+    axis = drawn.add_axes((0.78, 0.2, 0.2, 0.68))
+    axis.plot([0, 1], [0, 1], ":", color=INK, lw=1)
+    for shift, name, colour in ((-0.012, "ours", ACCENT), (0.012, "theirs", FAINT)):
+        traits = [row for row in rows if "heritability" in row]
+        axis.plot([row["heritability"] + shift for row in traits], [row[name] for row in traits], "o", color=colour, ms=3, alpha=0.6)
+    axis.set_xlabel("true heritability", fontsize=8)
+    axis.set_ylabel("estimate", fontsize=8)
+    axis.legend(handles=axis.lines[1:], labels=[OURS, "glimix-core"], frameon=False, fontsize=7.5)
+    axis.tick_params(labelsize=7.5)
+    bare_axes(axis)
+    return drawn

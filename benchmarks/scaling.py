@@ -22,6 +22,7 @@ import bed_reader
 import numpy as np
 import torch
 from gpytorch.kernels import RBFKernel
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.gp_prior_vae import CODES, Decoder, Encoder
@@ -34,10 +35,13 @@ from probmed.inference.reml import ChangeData, fit_components, log_likelihood
 from probmed.kernels import StackedCovariance, VisitSums
 from probmed.kernels import Visits as Rows
 from probmed.models.gp_prior_vae import CodePrior, Cohort, GPPriorGuide, GPPriorVAE, Inducing, Linear, PixelNormal, Slope
+from probmed.report.palette import FAINT, distinct
+from probmed.report.panels import bare_axes, blank_figure
 from probmed.slopes import DenseKernels, FeatureKernels, FollowUps
 from probmed.tables import Genotypes
 
 VISITS = 3
+PEOPLE_SECONDS = 1e-4  # a person, of the line in proportion in the figure
 FEATURES = 512
 PEOPLE = (100, 1000, 10_000, 100_000)
 EXACT = (100, 1000, 5000)  # people, of whom each has one number left
@@ -68,7 +72,8 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
         if not only or any(word in key for word in only):
             said = {"what": what, "size": size, "method": method, "seed": seed}
             rows += child_rows(log, "benchmarks.scaling", said, {key: None}, {"what": what, "size": size, "method": method}, threads)
-    return Table("scaling", rows, summarise(rows), NOTES + ratio(rows), {"threads": threads, "visits": VISITS, "features": FEATURES}, seed)
+    settings = {"threads": threads, "visits": VISITS, "features": FEATURES}
+    return Table("scaling", rows, summarise(rows), NOTES + ratio(rows), settings, seed, figure(rows) if rows else None)
 
 
 NOTES = (
@@ -260,6 +265,28 @@ def ratio(rows: Sequence[Row]) -> str:
     ours, theirs = found[OURS], found[PEER]
     whole = (ours["seconds"] + ours["once_seconds"]) / (theirs["seconds"] + theirs["once_seconds"])
     return f"\n\n{REAL}: {ours['seconds'] / theirs['seconds']:.2f} of {PEER}'s time after the decomposition, {whole:.2f} with it."
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Seconds and memory against the number of people, and how they would grow in proportion."""
+    drawn = blank_figure(9.6, 3.6)
+    axes = [drawn.add_axes((left, 0.15, 0.28, 0.78)) for left in (0.07, 0.44)]
+    objectives = [what for what in dict.fromkeys(row["what"] for row in rows) if what not in (RELATED, REAL)]
+    for what, colour in zip(objectives, distinct(len(objectives)), strict=True):
+        own = [row for row in rows if row["what"] == what and "seconds" in row]
+        for axis, key in zip(axes, ("seconds", "peak_gib"), strict=True):
+            axis.plot([row["size"] for row in own], [row[key] for row in own], "o-", color=colour, ms=4, lw=1.5, label=what)
+    axes[0].plot(PEOPLE, [PEOPLE_SECONDS * n for n in PEOPLE], ":", color=FAINT, label="in proportion")
+    for axis, unit in zip(axes, ("seconds", "peak GiB of the process"), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel("people, three visits each")
+        axis.set_ylabel(unit)
+        bare_axes(axis)
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(bottom=0)
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=7.5)
+    axes[0].legend(handles=axes[0].lines[-1:], loc="upper left", frameon=False, fontsize=7.5)
+    return drawn
 
 
 def _child(order: Path) -> None:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+
+from probmed.report.panels import png
 
 Row = dict[str, Any]
 
@@ -34,6 +37,7 @@ class Table:
         summary: the lines of the printed table, all with the same keys; values are shown as they are.
         notes: what a reader has to know, Markdown.
         settings: what was run, JSON values.
+        picture: of the rows, if any.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Table:
     notes: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    picture: Figure | None = None
 
     def markdown(self) -> str:
         """The summary as a table, the notes below it."""
@@ -53,7 +58,7 @@ class Table:
         return "\n".join(lines) + (f"\n\n{self.notes}" if self.notes else "")
 
     def write(self, folder: Path) -> None:
-        """``results/NAME.json``, and the table in ``README.md``, both in ``folder``."""
+        """``results/NAME.json``, ``results/NAME.png`` where there is a picture, and the table in ``README.md``, all in ``folder``."""
         text = json.dumps(
             {
                 "table": self.name,
@@ -72,6 +77,8 @@ class Table:
         results = folder / "results"
         results.mkdir(exist_ok=True)
         _replace(results / f"{self.name}.json", text + "\n")
+        if self.picture is not None:
+            (results / f"{self.name}.png").write_bytes(png(self.picture))
         page = folder / "README.md"
         _replace(page, with_table(page.read_text(encoding="utf-8"), self.name, self.markdown()))
 

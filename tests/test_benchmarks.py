@@ -21,6 +21,7 @@ from probmed.atlases import default_atlas
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
 from probmed.models.gp_prior_vae import GPPriorGuide
+from probmed.report.panels import blank_figure
 from probmed.simulation import simulate_subject
 from probmed.transforms import Affine, Displacement
 from probmed.volumes import Volume, write_scan
@@ -33,6 +34,7 @@ pytest.importorskip("benchmarks")
 from benchmarks import __main__ as command
 from benchmarks import deformation_uncertainty as uncertainty
 from benchmarks import fields, networks, pairs, scaling, tissue, trainings, volumes
+from benchmarks.figures import band, forest
 from benchmarks.runs import Run, measure
 from benchmarks.tables import Log, Table, machine, mean_sd, versions, with_table
 
@@ -41,7 +43,9 @@ PAGE = "# Page\n\n<!-- table fields -->\nold\n<!-- end of fields -->\n\nAfter.\n
 
 def fake_table(log: Log, limit: int | None, only: tuple[str, ...], threads: int, seed: int) -> Table:
     rows = [log.row(f"case/{i}", lambda i=i: {"value": i + seed}) for i in range(3)[:limit]]  # type: ignore[misc]
-    return Table("fields", rows, [{"case": row["key"], "value": str(row["value"])} for row in rows], "Notes.", {"threads": threads}, seed)
+    drawn = blank_figure(2.0, 1.0)
+    forest(drawn.add_axes((0.2, 0.2, 0.7, 0.7)), {"one": torch.tensor([1.0, 2.0]), "other": torch.tensor([3.0])}, "one", "mm")
+    return Table("fields", rows, [{"case": row["key"], "value": str(row["value"])} for row in rows], "Notes.", {"threads": threads}, seed, drawn)
 
 
 @pytest.fixture
@@ -61,6 +65,15 @@ def test_a_table_is_printed_and_written(folder: Path, capsys: pytest.CaptureFixt
     assert stored["seed"] == 5 and stored["settings"] == {"threads": 2}
     assert stored["machine"]["cores"] >= 1 and "torch" in stored["versions"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", stored["date"])
+    assert (folder / "results" / "fields.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bands_hold_the_mean_as_often_as_they_say() -> None:
+    torch.manual_seed(0)
+    bands = [band(values) for values in torch.randn(400, 60)]
+    held = sum(low < 0 < high for low, _, high in bands) / len(bands)
+    assert abs(held - 0.95) < 0.04  # bootstrap of 60 values, 400 times: ± 0.011
+    assert band(torch.full((5,), 2.0)) == (2.0, 2.0, 2.0)
 
 
 @pytest.mark.parametrize("option", [["--limit", "1"], ["--only", "case"]])
