@@ -53,6 +53,7 @@ SHAPES = "shapes of all label maps, no labelled scan"
 SHAPE_STEPS, SHAPE_SPACING = 600, 1.5
 REFINED = 40  # gradient steps on a scan's shape
 FULL = "U-Net, all labels"
+LONGER = f"{FULL}, {LONG} steps"
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ METHODS: Mapping[str, Method] = {
     "U-Net, 2 labels": Method(lambda data: data.supervised(2)),
     "U-Net, 5 labels": Method(lambda data: data.supervised(5)),
     "U-Net, 50 labels": Method(lambda data: data.supervised(50)),
-    f"U-Net, all labels, {LONG} steps": Method(lambda data: data.supervised(None), steps=LONG, calibrated=True),
+    LONGER: Method(lambda data: data.supervised(None), steps=LONG, calibrated=True),
 }
 """Augmentation is that of all supervised networks."""
 
@@ -347,8 +348,10 @@ def volume_scores(draws: Tensor, true: Tensor, errors: Sequence[VolumeErrors] = 
 
 
 def coverage(rows: Sequence[Row]) -> str:
-    """Share of true volumes that are in 50, 80 and 95 % intervals, %."""
+    """Share of true volumes that are in 50, 80 and 95 % intervals, %; an en dash where no row tells."""
     scores = torch.tensor([z for row in rows for z in row["z"]])
+    if not len(scores):
+        return "–"
     return " / ".join(f"{100 * float((scores.abs() < width).double().mean()):.0f}" for width in (0.674, 1.282, 1.960))
 
 

@@ -16,7 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.few_labels import ANSWERS, FULL, METHODS, REGISTRATION, SHAPES, Answer, Data, Method, Networks, answering, coverage, network, score
+from benchmarks.few_labels import (
+    ANSWERS,
+    FULL,
+    LONGER,
+    METHODS,
+    REGISTRATION,
+    SHAPES,
+    Answer,
+    Data,
+    Method,
+    Networks,
+    answering,
+    coverage,
+    network,
+    score,
+)
 from benchmarks.tables import Log, Row, Table
 from probmed.fields import GaussianField
 from probmed.simulation.contrasts import CONTRASTS as simulated
@@ -97,7 +112,9 @@ DRAWN: Mapping[str, Method] = {
 }
 """Networks that are asked several times."""
 
-MEASURED = (*ANSWERS, *METHODS, *DRAWN, ENSEMBLE)
+ONE_LABEL = ("one label, carried to 60 scans", "one label, learned transforms and augmentation", "one label, random contrasts", "U-Net, 1 label")
+MEASURED = (*ANSWERS, *ONE_LABEL, "U-Net, 10 labels", "all labels, random contrasts", FULL, LONGER, *DRAWN, ENSEMBLE)
+"""Not every number of labels, nor every way to learn transforms."""
 
 
 def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
