@@ -39,7 +39,7 @@ from probmed.simulation.contrasts import stream
 from probmed.volumes import Volume, read_scan, scaled
 from probmed.workflows.supervision import SegmenterSettings
 
-FEW = {REGISTRATION: 15, SHAPES: 15}  # test scans, the first ones, that methods are measured on which take seconds
+FEW = {REGISTRATION: 15, SHAPES: 8}  # test scans, the first ones, that methods are measured on which take seconds
 SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
