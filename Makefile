@@ -23,7 +23,7 @@ lint: $(BIN)/probmed
 
 bench: $(BIN)/probmed
 	$(BIN)/pip install --quiet --editable '.[benchmarks]'
-	for table in tissue volumes fields pairs propagation deformation_uncertainty registration_sizes scalar_change scaling gp_prior_vae few_labels uncertainty; do $(BIN)/python -m benchmarks $$table || exit 1; done
+	for table in tissue volumes fields pairs propagation deformation_uncertainty registration_sizes scalar_change scaling gp_prior_vae few_labels uncertainty contrast architectures; do $(BIN)/python -m benchmarks $$table || exit 1; done
 
 docs: $(BIN)/probmed
 	$(BIN)/mkdocs build --strict
