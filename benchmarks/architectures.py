@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from monai.losses.dice import DiceCELoss
 
-from benchmarks.few_labels import BATCH, RATE, Data, Method, fitted, labelled_table, network, score
+from benchmarks.few_labels import BATCH, FULL, RATE, STEPS, Data, Method, fitted, labelled_table, network, score
 from benchmarks.pairs import SMALLEST, beside, slices
 from benchmarks.registration_sizes import peak_gib
 from benchmarks.runs import child_rows
@@ -36,7 +36,7 @@ from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
 from probmed.workflows.training_sets import Augmentation, labelled
 
-STEPS, SLICE_STEPS = 400, 800
+SLICE_STEPS = 800
 LEFT_OUT = 3  # every third slice is for the test
 TIMED = 8  # steps, after two that warm up; their median counts
 PATCHES = 512
@@ -48,6 +48,8 @@ NETWORKS: Mapping[str, SegmenterSettings] = {
     "FCN of ten layers": SegmenterSettings("fcn", mixed_precision=True),
     "voxel-wise": SegmenterSettings("voxelwise", mixed_precision=True),
 }
+TRAINED = {"U-Net": FULL, "probabilistic U-Net": "probabilistic U-Net, all labels"}
+"""Networks of `few_labels` and `uncertainty`, which are trained once where the tables' networks are kept in one place."""
 SLICED = ("U-Net", "DeepMedic", "FCN of ten layers", "voxel-wise")
 PLAIN = "U-Net in a plain loop, loss of MONAI"
 PATCHWISE = "voxel-wise, patch after patch"
@@ -81,7 +83,7 @@ def _crops(log: Log, data: Data, name: str, seed: int) -> list[Row]:
     keys = {f"{CROPS}/{name}/{path.name[12:15]}": path for path in data.test}
     if any(key not in log.rows for key in keys):
         method = Method(lambda data: data.supervised(None), NETWORKS[name], STEPS, calibrated=True)
-        trained = network(data, f"{CROPS}, {name}", method, seed)
+        trained = network(data, TRAINED.get(name, f"{CROPS}, {name}"), method, seed)
         for key, path in keys.items():
             log.row(key, lambda path=path: {"collection": CROPS, "kind": "scan", **score(name, path, trained.probabilities)})  # type: ignore[misc]
     return [log.rows[key] for key in keys]

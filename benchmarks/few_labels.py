@@ -41,8 +41,8 @@ from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, t
 from probmed.workflows.training_sets import Augmentation, Examples, completed, labelled, on_grid, one_shot, random_contrast, regions_of
 from probmed.workflows.volume_errors import VolumeErrors
 
-STEPS, BATCH, RATE = 800, 2, 2e-3
-LONG = 4000  # steps of one network, to see what more training gives
+STEPS, BATCH, RATE = 500, 2, 2e-3
+LONG = 2000  # steps of one network, to see what more training gives
 UNLABELLED = 30  # scans that learned transforms are estimated from
 CARRIED = 60  # scans that the labels of one are carried to
 DRAWS = 20  # of a registration's posterior
