@@ -85,9 +85,9 @@ def assert_given_latents_repeat(trace: Any, component: PyroModule, case: Case) -
 
 
 def test_every_component_and_model_has_a_case() -> None:
-    modules = [probmed.priors, probmed.appearances, probmed.similarities]
-    for info in pkgutil.iter_modules(probmed.models.__path__):
-        modules.append(importlib.import_module(f"probmed.models.{info.name}"))
+    modules = [probmed.priors, probmed.appearances]
+    for package in (probmed.models, probmed.similarities):
+        modules += [importlib.import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
     defined = set()
     for module in modules:
         for _, kind in inspect.getmembers(module, inspect.isclass):
