@@ -39,7 +39,8 @@ from probmed.simulation.contrasts import stream
 from probmed.volumes import Volume, read_scan, scaled
 from probmed.workflows.supervision import SegmenterSettings
 
-FEW = {REGISTRATION: 15, SHAPES: 8}  # test scans, the first ones, that methods are measured on which take seconds
+SCANS = 20  # test scans, the first ones
+FEW = {REGISTRATION: 12, SHAPES: 4}  # for methods that take seconds a scan
 SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
@@ -127,7 +128,7 @@ def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Ask every method about every change of the test scans."""
-    settings = {"threads": threads, "scans": FEW, "members": MEMBERS, "passes": PASSES, "dropout": DROPOUT}
+    settings = {"threads": threads, "scans": {"networks": SCANS, **FEW}, "members": MEMBERS, "passes": PASSES, "dropout": DROPOUT}
     rows = answers(log, limit, MEASURED, SHIFTS, only, threads, seed)
     return Table("uncertainty", rows, summarise(rows, SHIFTS), "", settings, seed)
 
@@ -135,7 +136,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
 def answers(
     log: Log, limit: int | None, names: Sequence[str], shifts: Iterable[str], only: Sequence[str], threads: int, seed: int
 ) -> list[Row]:
-    """A row for each method, change and test scan; of methods without a network, which take seconds, for the first scans alone."""
+    """A row for each method, change and test scan, of the first ones; fewer for methods without a network, which take seconds."""
     torch.set_num_threads(threads)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -143,7 +144,7 @@ def answers(
         for name in names:
             if only and not any(word in name for word in only):
                 continue
-            paths = data.test[: FEW.get(name)]
+            paths = data.test[: FEW.get(name, SCANS)]
             keys = {f"{name}/{shift}/{path.name[12:15]}": (shift, path) for shift in shifts for path in paths}
             if any(key not in log.rows for key in keys):
                 answer = several(data, name, seed)
