@@ -20,6 +20,7 @@ from probmed.inference.parameters import random_state, set_random_state, tensors
 from probmed.volumes import UnusableInput, atomic_write
 
 FORMAT = "probmed fit 1"
+_LONGEST = 80  # characters of a setting in a message
 
 
 def fingerprint(data: Any) -> str:
@@ -79,13 +80,16 @@ def read_checkpoint(
     buffers: Mapping[str, Tensor],
     optimiser: torch.optim.Optimizer,
     settings: Mapping[str, Any],
+    remedy: str = "fit with resume=False to start again, or name another checkpoint",
 ) -> list[float]:
     """Put back what ``write_checkpoint`` wrote and return the losses so far.
 
+    Arguments:
+        remedy: what the caller's user can do about a file that is refused.
+
     Raises:
-        UnusableInput: for a file that is not a fit, or is one of another model, guide, data or settings; the message says which.
+        UnusableInput: for a file that is not a fit, or is one of another model, guide, data or settings; the message says which. Nothing has changed.
     """
-    remedy = "fit with resume=False to start again, or name another checkpoint"
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -97,7 +101,7 @@ def read_checkpoint(
     before = json.loads(header["settings"])
     for key, value in settings.items():
         if before.get(key) != value:
-            raise UnusableInput(path, f"was written with another {key}: expected {value!r}, got {before.get(key)!r}", remedy)
+            raise UnusableInput(path, f"was written with another {key}: expected {_short(value)}, got {_short(before.get(key))}", remedy)
     expected: dict[str, Tensor] = {f"parameter/{n}": t for n, t in parameters.items()}
     expected.update({f"buffer/{n}": t for n, t in buffers.items()})
     found = {name: t for name, t in stored.items() if name.startswith(("parameter/", "buffer/"))}
@@ -121,3 +125,9 @@ def read_checkpoint(
     set_random_state({name.removeprefix("random/"): t for name, t in stored.items() if name.startswith("random/")})
     losses: list[float] = stored["losses"].tolist()
     return losses
+
+
+def _short(value: Any) -> str:
+    """A list of hundreds of scans has no place in a line."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"

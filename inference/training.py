@@ -24,6 +24,7 @@ from probmed.inference.svi import SCHEDULES, NotFinite
 from probmed.volumes import atomic_write
 
 Row = dict[str, float]
+_REMEDY = "go on with the data and options that the run began with, or start another in another folder"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def train(
     losses: list[float] = []
     path = None if folder is None else folder / "checkpoint.safetensors"
     if path is not None and path.exists():
-        losses = read_checkpoint(path, parameters, buffers, optimiser, facts)
+        losses = read_checkpoint(path, parameters, buffers, optimiser, facts, _REMEDY)
         log = _read_log(path.with_name("log.csv"), len(losses))
     devices = cuda_devices(parameters.values())
     greatest = 0.0

@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,17 @@ def dice(a: Tensor, b: Tensor) -> float:
     _same(a, b)
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else float("nan")
+
+
+def mean_dice(a: Tensor, b: Tensor, codes: Iterable[int]) -> float:
+    """Mean ``dice`` of two label maps over those codes that either has; NaN where there is none.
+
+    >>> mean_dice(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]), (1, 2, 3)).__round__(4)
+    0.3333
+    """
+    found = [dice(a == code, b == code) for code in codes]
+    known = [value for value in found if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 class SurfaceDistances(NamedTuple):

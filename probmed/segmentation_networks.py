@@ -7,6 +7,7 @@ Kohl et al., NeurIPS 2018 (probabilistic U-Net); Moeskops et al., DLMIA 2017 (ad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from monai.networks.nets.basic_unet import BasicUNet
@@ -63,7 +64,8 @@ class FCN(nn.Module):
 class DeepMedic(nn.Module):
     """Pathways of one shape that read the image at several resolutions, and a classifier of what they see together.
 
-    Each pathway sees 17 voxels of its own size: with scales 1 and 3, 51 voxels of the image. Every second convolution is residual.
+    Each pathway sees 17 voxels of its own size: with scales 1 and 3, 51 voxels of the image, and 85 with 5 as well. Each pair of convolutions
+    after the first is residual.
 
     Arguments:
         scales: of the pathways; 1 is the image itself.
@@ -266,6 +268,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "unet": UNet,
     "fcn": FCN,
     "deepmedic": DeepMedic,
+    "deepmedic-three": partial(DeepMedic, scales=(1, 3, 5)),
     "voxelwise": VoxelWise,
     "probabilistic-unet": ProbabilisticUNet,
 }

@@ -74,7 +74,7 @@ def test_networks_give_logits_of_any_shape(name: str, ndim: int) -> None:
     assert network(torch.randn(2, 1, *shape)).shape == (2, 3, *shape)
 
 
-@pytest.mark.parametrize(("name", "side"), [("fcn", 17), ("voxelwise", 24), ("deepmedic", 51)])
+@pytest.mark.parametrize(("name", "side"), [("fcn", 17), ("voxelwise", 24), ("deepmedic", 51), ("deepmedic-three", 85)])
 def test_a_voxel_sees_as_many_voxels_as_it_should(name: str, side: int) -> None:
     """Along one axis; normalisation over the image is left out, for by it every voxel sees all."""
     torch.manual_seed(0)
@@ -85,15 +85,20 @@ def test_a_voxel_sees_as_many_voxels_as_it_should(name: str, side: int) -> None:
                 setattr(module, child, torch.nn.Identity())
             if isinstance(layer, torch.nn.ReLU | torch.nn.LeakyReLU):
                 setattr(module, child, torch.nn.Identity())
-    image = torch.randn(1, 1, 75, 75, requires_grad=True)
-    out = network(image)[0, 0, 37, 37]
+    # 35 and 21 voxels of the coarser pathways, the middle one of each about the middle of the image.
+    image = torch.randn(1, 1, 105, 105, requires_grad=True)
+    out = network(image)[0, 0, 52, 52]
     (gradient,) = torch.autograd.grad(out, image)
     seen = (gradient[0, 0].abs().sum(0) > 0).nonzero()[:, 0]
     assert int(seen.max() - seen.min()) + 1 == side
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("unet", 1438819), ("fcn", 111531), ("deepmedic", 229467), ("voxelwise", 104467), ("probabilistic-unet", 2315374)]
+    ("name", "count"),
+    [
+        *(("unet", 1438819), ("fcn", 111531), ("deepmedic", 229467), ("deepmedic-three", 341283), ("voxelwise", 104467)),
+        ("probabilistic-unet", 2315374),
+    ],
 )
 def test_numbers_of_parameters(name: str, count: int) -> None:
     """Of three labels in 3D."""
@@ -431,14 +436,53 @@ def test_a_network_in_a_folder_says_the_same(tmp_path: Path) -> None:
     assert again.names == {1: "ring", 2: "core"} and again.temperature == trained.temperature
     assert again.volume_errors == trained.volume_errors
     assert torch.equal(again.probabilities(volume), trained.probabilities(volume))
-    described = json.loads((tmp_path / "network.json").read_text())
-    (tmp_path / "network.json").write_text(json.dumps({**described, "system": "registration"}))
-    with pytest.raises(UnusableInput, match="it is a network for registration"):
-        TrainedSegmenter.load(tmp_path)
-    (tmp_path / "network.json").write_text(json.dumps(described))
-    (tmp_path / "network.safetensors").write_bytes((tmp_path / "network.safetensors").read_bytes()[:1000])
-    with pytest.raises(UnusableInput, match="holds no segmentation network that can be read"):
-        TrainedSegmenter.load(tmp_path)
+
+
+def faults_of(folder: Path) -> str:
+    """The line about a folder that holds no network that can be used."""
+    with pytest.raises(UnusableInput) as refused:
+        TrainedSegmenter.load(folder)
+    line = str(refused.value)
+    assert len(line.removeprefix(str(folder))) < 300 and "\n" not in line
+    return line
+
+
+def test_networks_that_cannot_be_used_get_one_line_about_the_file(tmp_path: Path) -> None:
+    """Of another system, another version, another network, without what describes it, or cut off."""
+    path, weights = tmp_path / "network.json", tmp_path / "network.safetensors"
+    assert f"{tmp_path}: holds no segmentation network" in faults_of(tmp_path)
+    TrainedSegmenter.build(GRID, SegmenterSettings("fcn"), (0, 1, 2)).save(tmp_path)
+    described = json.loads(path.read_text())
+    whole = weights.read_bytes()
+    assert described["format"] == 1
+    path.write_text(json.dumps({**described, "format": 2, "probmed": "9.1"}))
+    assert f"{path}: has format 2 of probmed 9.1, and probmed" in faults_of(tmp_path)
+    changes: dict[str, Any] = {
+        "is of a network for registration, not segmentation": {**described, "system": "registration"},
+        "expected a network of": {**described, "network": "transformer"},
+        "lacks 'codes' of a segmentation network": {key: value for key, value in described.items() if key != "codes"},
+        "describes no network": [1, 2],
+        "describes no segmentation network": {**described, "shape": "large"},
+        "describes no segmentation network (expected the background": {**described, "codes": [1, 2]},
+    }
+    for fault, other in changes.items():
+        path.write_text(json.dumps(other))
+        line = faults_of(tmp_path)
+        assert line.startswith(f"{path}: ") and fault in line
+    path.write_text("{")
+    assert f"{path}: is no JSON" in faults_of(tmp_path)
+    path.write_text(json.dumps({**described, "network": "deepmedic"}))
+    assert f"{weights}: has weights of another network" in faults_of(tmp_path)
+    path.write_text(json.dumps({**described, "codes": [0, 1]}))
+    assert "expected (2, 48, 1, 1), got (3, 48, 1, 1)" in faults_of(tmp_path) or "expected (2,), got (3,)" in faults_of(tmp_path)
+    del described["format"]  # of before there was one
+    path.write_text(json.dumps(described))
+    assert TrainedSegmenter.load(tmp_path).codes == (0, 1, 2)
+    for size in (len(whole) - 7, 1000, 3, 0):
+        weights.write_bytes(whole[:size])
+        assert f"{weights}: is no file of weights that can be read" in faults_of(tmp_path)
+    weights.unlink()
+    assert f"{weights}: is no file of weights that can be read" in faults_of(tmp_path)
 
 
 def write_table(folder: Path, count: int, name: str = "scans.tsv") -> Path:
@@ -659,6 +703,62 @@ def test_what_cannot_be_cross_validated_gets_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_folds_that_cannot_be_trained_without_are_refused_before_the_first_is(tmp_path: Path) -> None:
+    path = write_table(tmp_path, 4)
+    table = pd.read_csv(path, sep="\t").assign(fold=["a", "a", "b", "b"])
+    table.to_csv(path, sep="\t", index=False)
+    options = ["train", "segmentation", "--data", str(path), "--cross-validate", "-o", str(tmp_path / "new" / "runs"), "--steps", "1"]
+    like = Volume.from_grid(torch.zeros(GRID.shape), GRID)
+    # Only the later fold has it, and all before it could be trained.
+    write_labels(tmp_path / "s3_dseg.nii.gz", 7 * disc(3)[1] + 14 * (disc(3)[1] == 2), like)
+    line = said(*options, code=2)
+    assert f"{tmp_path / 's3_dseg.nii.gz'}: has the label 28, which no scan outside fold b has" in line
+    for number in (0, 1, 2, 3):
+        write_labels(tmp_path / f"s{number}_dseg.nii.gz", torch.zeros(GRID.shape).long(), like)
+    assert "has no label other than 0 outside fold a" in said(*options, code=2)
+    (tmp_path / "s3_dseg.nii.gz").unlink()
+    assert "s3_dseg.nii.gz" in said(*options, code=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_is_not_this_one_is_refused_and_stays(tmp_path: Path) -> None:
+    """Of another network, other settings or scans, or cut off: one line that says what can be done, and no file is another."""
+    path, run = write_table(tmp_path, 3), tmp_path / "run"
+    options = ["train", "segmentation", "--data", str(path), "-o", str(run), "--steps", "2", "--every", "2", "--device", "cpu"]
+    said(*options, "--network", "fcn", "--schedule", "polynomial")
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    again = [*options, "--network", "fcn", "--schedule", "polynomial", "--resume"]
+    said(*again)
+    checkpoint = run / "checkpoint.safetensors"
+    refused = {
+        "another network: expected 'unet', got 'fcn'": [*options, "--schedule", "polynomial", "--resume"],
+        "another schedule: expected 'cosine', got 'polynomial'": [*options, "--network", "fcn", "--resume"],
+        "another steps: expected 3, got 2": [*again, "--steps", "3"],
+        "another spacing_mm": [*again, "--spacing", "3"],
+        "another batch: expected 1, got 2": [*again, "--batch", "1"],
+    }
+    for fault, command in refused.items():
+        line = said(*command, code=2)
+        assert f"{checkpoint}: was written with {fault}" in line and "start another in another folder" in line
+    write_table(tmp_path, 60)
+    line = said(*again, code=2)
+    assert "was written with another scans" in line and len(line.removeprefix(str(checkpoint))) < 350
+    write_table(tmp_path, 3)
+    whole = checkpoint.read_bytes()
+    assert before == {file.name: file.read_bytes() for file in run.iterdir()}
+    for size in (len(whole) - 5, 100, 0):
+        checkpoint.write_bytes(whole[:size])
+        line = said(*again, code=2)
+        assert f"{checkpoint}: is not a readable checkpoint" in line and "start another in another folder" in line
+    checkpoint.write_bytes((run / "network.safetensors").read_bytes())
+    assert "is not a checkpoint of a fit" in said(*again, code=2)
+    checkpoint.unlink()
+    del before["checkpoint.safetensors"]
+    for command in (again, again[:-1]):
+        assert "holds a network without the checkpoint of its training" in said(*command, code=2)
+    assert before == {file.name: file.read_bytes() for file in run.iterdir()}
+
+
 def test_what_cannot_be_trained_on_or_used_gets_one_line(tmp_path: Path) -> None:
     path = write_table(tmp_path, 3)
     table = pd.read_csv(path, sep="\t").assign(fold=["a", "a", "b"])
@@ -680,10 +780,19 @@ def test_what_cannot_be_trained_on_or_used_gets_one_line(tmp_path: Path) -> None
     assert "other.nii.gz" in refused(table.assign(labels=["other.nii.gz", *table["labels"][1:]]))
     write_labels(tmp_path / "new.nii.gz", 3 * disc(2)[1], Volume.from_grid(disc(2)[0], GRID))
     assert "has the label 3, which training has not seen" in refused(table.assign(labels=[*table["labels"][:2], "new.nii.gz"]), "--fold", "b")
+    write_labels(tmp_path / "empty.nii.gz", torch.zeros(GRID.shape).long(), Volume.from_grid(disc(2)[0], GRID))
+    assert "that are all empty: every voxel is 0" in refused(table.assign(labels="empty.nii.gz"))
+    assert "has the label 7, which training has not seen" not in refused(table.assign(labels="empty.nii.gz"), "--fold", "b")
+    deep = Volume.from_grid(torch.zeros(4, 4, 4), Grid.from_spacing((4, 4, 4), 2.0))
+    write_scan(tmp_path / "deep.nii.gz", torch.rand(4, 4, 4), deep)
+    write_labels(tmp_path / "deep_dseg.nii.gz", 7 * torch.ones(4, 4, 4).long(), deep)
+    solid = table.assign(scan=[*table["scan"][:2], "deep.nii.gz"], labels=[*table["labels"][:2], "deep_dseg.nii.gz"])
+    assert "deep.nii.gz: has 3 axes, and the first scan 2" in refused(solid)
+    assert "deep.nii.gz: has 3 axes, and the network's grid 2" in refused(solid, "--fold", "b")
     (tmp_path / "names.json").write_text("[1, 2]")
     assert "is no JSON of labels' names" in refused(table, "--names", str(tmp_path / "names.json"))
     nothing = said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(tmp_path), "-o", str(tmp_path / "out"), code=2)
-    assert "holds no segmentation network that can be read" in nothing
+    assert f"{tmp_path}: holds no segmentation network" in nothing
     assert "there is no such model" in said("segment", str(tmp_path / "s0.nii.gz"), "--model", "run9", "-o", str(tmp_path / "out"), code=2)
     both = ["--model", "segmentation", "--model", str(tmp_path)]
     assert "is a generative model" in said("segment", str(tmp_path / "s0.nii.gz"), *both, "-o", str(tmp_path / "out"), code=2)

@@ -84,10 +84,12 @@ def check_run(out: Path, resume: bool) -> None:
 
 def check_runs(folders: Sequence[Path], resume: bool) -> None:
     """As ``check_run``, of runs one after another, of which the later ones may not have begun."""
-    found = [folder for folder in folders if (folder / "checkpoint.safetensors").exists()]
-    if found and not resume:
-        raise UnusableInput(found[0], "holds a run already", "go on with it by --resume, or give another folder with --out")
-    if resume and not found:
+    begun, done = ([folder for folder in folders if (folder / name).exists()] for name in ("checkpoint.safetensors", "network.json"))
+    if begun and not resume:
+        raise UnusableInput(begun[0], "holds a run already", "go on with it by --resume, or give another folder with --out")
+    if alone := [folder for folder in done if folder not in begun]:
+        raise UnusableInput(alone[0], "holds a network without the checkpoint of its training", "give another folder with --out")
+    if resume and not begun:
         raise UnusableInput(folders[0], "holds no run to go on with", "leave out --resume, or give the run's folder with --out")
 
 

@@ -33,8 +33,17 @@ class Network(str, Enum):
     unet = "unet"
     fcn = "fcn"
     deepmedic = "deepmedic"
+    deepmedic_three = "deepmedic-three"
     voxelwise = "voxelwise"
     probabilistic_unet = "probabilistic-unet"
+
+
+class Schedule(str, Enum):
+    """``inference.svi.SCHEDULES``."""
+
+    constant = "constant"
+    cosine = "cosine"
+    polynomial = "polynomial"
 
 
 class Examples(str, Enum):
@@ -71,7 +80,10 @@ def segmentation(
     spacing: Annotated[float | None, typer.Option(min=0.01, help="Of the network's grid, mm; the finest scan's by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Scans a step.")] = 2,
-    learning_rate: Annotated[float, typer.Option(min=0, help="At first; it falls to zero.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At first.")] = 2e-3,
+    schedule: Annotated[
+        Schedule, typer.Option(help="How the learning rate falls to zero: as half a cosine, as (1 − share of steps)^0.9, or not at all.")
+    ] = Schedule.cosine,
     every: Annotated[int, typer.Option(min=1, help="Steps between rows of the log and checkpoints.")] = 100,
     mixed_precision: MixedPrecisionOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -101,27 +113,23 @@ def segmentation(
     """
     with progress.in_one_line(str(data), debug) as made:
         check_device(device)
-        if cross_validate and fold is not None:
-            raise UnusableInput(data, f"has fold {fold} for --fold, and all of them for --cross-validate", "give one of the two options")
         if cross_validate and examples in (Examples.one_shot, Examples.carried):
             raise UnusableInput(data, f"has labels of one scan for --examples {examples.value}", "leave out --cross-validate")
         table, named = read_table(data), {} if names is None else read_names(names)
         check_columns(data, table, ["scan", "labels"])
-        parts: dict[Path, tuple[pd.DataFrame, pd.DataFrame | None]]
-        if cross_validate:
-            parts = {out / f"fold-{name}": (rows, held) for name, rows, held in folds(table, data)}
-        else:
-            parts = {out: (table, None) if fold is None else parts_of(table, data, fold)}
+        parts = _parts(table, data, out, fold, cross_validate)
         check_runs(list(parts), resume)
-        for folder in parts:
-            made += make_folder(folder)
         runs, supervision, sets, training_of = (
             importlib.import_module(f"probmed.{name}")
             for name in ("workflows.segmenter_runs", "workflows.supervision", "workflows.training_sets", "inference.training")
         )
+        if cross_validate:
+            runs.check_folds({_fold_of(folder): part for folder, part in parts.items()}, data)
+        for folder in parts:
+            made[:0] = make_folder(folder)  # innermost first, all of them
         run = runs.SegmenterRun(
             supervision.SegmenterSettings(network.value, dropout, adversary=adversary, mixed_precision=mixed_precision),
-            training_of.TrainingSettings(steps, learning_rate, seed=seed, every=every),
+            training_of.TrainingSettings(steps, learning_rate, schedule.value, seed=seed, every=every),
             examples.value,
             sets.Augmentation() if augment else None,
             batch,
@@ -136,15 +144,40 @@ def segmentation(
                 trained, log = run.train(rows, data, folder, held, fabric, tell)
                 if cross_validate:
                     tell("scoring", 1.0)
-                    scores.append(runs.scored(trained, held, data).assign(fold=folder.name.removeprefix("fold-")))
+                    scores.append(runs.scored(trained, held, data).assign(fold=_fold_of(folder)))
             if not quiet:
                 numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "nll"))
                 typer.echo(f"{folder}: {int(log[-1]['step'])} steps, {numbers}")
         if scores:
-            whole = pd.concat(scores, ignore_index=True)
-            with atomic_write(out / "cross-validation.tsv") as path:
-                whole.to_csv(path, sep="\t", index=False, na_rep="n/a")
+            said = _write_scores(scores, out)
             if not quiet:
-                each = whole.groupby("label", sort=False)["dice"].agg(["mean", "std"])
-                told = ", ".join(f"{label} {row['mean']:.3f} ± {row['std']:.3f}" for label, row in each.iterrows())
-                typer.echo(f"{out}: Dice of scans that training did not see: {told}")
+                typer.echo(said)
+
+
+def _parts(
+    table: pd.DataFrame, data: Path, out: Path, fold: str | None, cross_validate: bool
+) -> dict[Path, tuple[pd.DataFrame, pd.DataFrame | None]]:
+    """The folder of each run, with the rows that it trains on and those that score it.
+
+    Raises:
+        UnusableInput: for both options at once, and as ``tables.folds``.
+    """
+    if not cross_validate:
+        return {out: (table, None) if fold is None else parts_of(table, data, fold)}
+    if fold is not None:
+        raise UnusableInput(data, f"has fold {fold} for --fold, and all of them for --cross-validate", "give one of the two options")
+    return {out / f"fold-{name}": (rows, held) for name, rows, held in folds(table, data)}
+
+
+def _fold_of(folder: Path) -> str:
+    return folder.name.removeprefix("fold-")
+
+
+def _write_scores(scores: list[pd.DataFrame], out: Path) -> str:
+    """``cross-validation.tsv``, and what it says in short."""
+    whole = pd.concat(scores, ignore_index=True)
+    with atomic_write(out / "cross-validation.tsv") as path:
+        whole.to_csv(path, sep="\t", index=False, na_rep="n/a")
+    each = whole.groupby("label", sort=False)["dice"].agg(["mean", "std"])
+    told = ", ".join(f"{label} {row['mean']:.3f} ± {row['std']:.3f}" for label, row in each.iterrows())
+    return f"{out}: Dice of scans that training did not see: {told}"

@@ -11,7 +11,6 @@ not matter. Any ordered pair of scans is an example. Objectives, by name:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,11 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import probmed
 from probmed import losses
 from probmed.fields import ModulatedField
 from probmed.grids import Grid
@@ -39,8 +35,9 @@ from probmed.networks import VelocityNetwork
 from probmed.priors import SmoothVelocity
 from probmed.similarities import GaussianNoise, LabelAgreement, LocalCorrelation, Similarity
 from probmed.transforms import Affine, Velocity, warp
-from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, scaled
+from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, scaled
 from probmed.workflows.cohorts import common_grid, own_world
+from probmed.workflows.network_folders import read_network, read_weights, write_network
 from probmed.workflows.propagation import check_same_grid, names_beside
 from probmed.workflows.registration import Answer, prior_scales
 
@@ -136,9 +133,10 @@ def read_cohort(
         raise UnusableInput(source, f"has {len(table)} scans", f"give {least} or more")
     paths = [source.parent / str(path) for path in table["scan"]]
     scans = [read_scan(path) for path in paths]
+    expected, whose = (scans[0].grid.ndim, "the first scan") if grid is None else (grid.ndim, "the network's grid")
     for path, scan in zip(paths, scans, strict=True):
-        if scan.grid.ndim != scans[0].grid.ndim:
-            raise UnusableInput(path, f"has {scan.grid.ndim} axes, and the first scan {scans[0].grid.ndim}", "train on scans of one dimension")
+        if scan.grid.ndim != expected:
+            raise UnusableInput(path, f"has {scan.grid.ndim} axes, and {whose} {expected}", "train on scans of one dimension")
     grid = common_grid([scan.grid for scan in scans], spacing_mm) if grid is None else grid
     images = torch.stack([brought(scan, grid) for scan in scans])[:, None]
     maps: list[Tensor | None] = []
@@ -211,12 +209,7 @@ class TrainedRegistration:
 
     def save(self, folder: Path) -> None:
         """``network.safetensors`` and ``network.json``."""
-        with atomic_write(folder / "network.safetensors") as path:
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in self.guide.state_dict().items()}, path)
-        described = {"probmed": probmed.__version__, "system": "registration", **asdict(self.settings)}
-        described |= {"shape": self.grid.shape, "spacing_mm": self.grid.spacing}
-        with atomic_write(folder / "network.json") as path:
-            path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        write_network(folder, self.guide, "registration", {**asdict(self.settings), "shape": self.grid.shape, "spacing_mm": self.grid.spacing})
 
     @classmethod
     def load(cls, folder: Path) -> TrainedRegistration:
@@ -224,18 +217,11 @@ class TrainedRegistration:
         Raises:
             UnusableInput: where there is no trained registration network.
         """
-        try:
-            described = json.loads((folder / "network.json").read_text(encoding="utf-8"))
+        with read_network(folder, "registration") as described:
             known = {f.name for f in fields(NetworkSettings)}
             chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described.items() if k in known}
-            settings = NetworkSettings(**chosen)
-            if described["system"] != "registration":
-                raise ValueError(f"it is a network for {described['system']}")
-            trained = cls.build(Grid.from_spacing(described["shape"], described["spacing_mm"]), settings)
-            trained.guide.load_state_dict(load_file(folder / "network.safetensors"))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            fault = f"holds no registration network that can be read ({error})"
-            raise UnusableInput(folder, fault, "give a folder that `probmed train registration` has written") from error
+            trained = cls.build(Grid.from_spacing(described["shape"], described["spacing_mm"]), NetworkSettings(**chosen))
+        read_weights(folder, trained.guide)
         trained.guide.eval()
         return trained
 

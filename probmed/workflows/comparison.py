@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probmed.metrics import dice, surface_distances
+from probmed.metrics import dice, mean_dice, surface_distances
 from probmed.volumes import UnusableInput, Volume, read_labels
 from probmed.workflows.propagation import check_same_grid, names_beside
 
@@ -69,13 +69,10 @@ class Comparison:
         return {"dice": dice(own, truth), "hd95_mm": surface_distances(own, truth, self.scan.spacing).hausdorff(), "volume_error": error}
 
     def agreement(self) -> pd.DataFrame:
-        """Dice of each pair, the mean over labels, as a square table by name."""
+        """Dice of each pair, the mean over labels that either has, as a square table by name."""
         names = list(self.maps)
-        square = [[self._mean_dice(self.maps[a], self.maps[b]) for b in names] for a in names]
+        square = [[mean_dice(self.maps[a], self.maps[b], self.labels) for b in names] for a in names]
         return pd.DataFrame(square, index=names, columns=names)
-
-    def _mean_dice(self, a: Tensor, b: Tensor) -> float:
-        return sum(dice(a == code, b == code) for code in self.labels) / len(self.labels)
 
     def disagreement(self) -> Tensor:
         """Entropy of the segmentations' votes at each voxel, the truth's left out, ``(*shape)`` nats."""

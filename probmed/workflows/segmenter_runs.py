@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
+from probmed.grids import Grid
 from probmed.inference.training import Row, TrainingSettings
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan
-from probmed.workflows.amortisation import names_of, read_cohort
+from probmed.workflows.amortisation import Cohort, names_of, read_cohort
 from probmed.workflows.comparison import Comparison
 from probmed.workflows.growth import Registered, Registrations
 from probmed.workflows.one_shot import carried, model_of
 from probmed.workflows.propagation import check_same_grid
 from probmed.workflows.registration import RegistrationSettings
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
-from probmed.workflows.training_sets import Augmentation, completed, labelled, on_grid, one_shot, random_contrast, regions_of
+from probmed.workflows.training_sets import Augmentation, Examples, completed, labelled, on_grid, one_shot, random_contrast, regions_of
 
 ExamplesOf = Literal["scans", "contrasts", "one-shot", "carried"]
 OF_ONE: tuple[ExamplesOf, ...] = ("one-shot", "carried")
@@ -68,15 +68,32 @@ class SegmenterRun:
             tell: called with what is being done, and the share of it.
 
         Raises:
-            UnusableInput: for scans without labels or with labels too many, and as ``read_cohort``.
+            UnusableInput: for scans without labels or with labels too many, for label maps that are all 0, and as ``read_cohort``.
         """
         fabric = fabric or Fabric(accelerator="cpu", devices=1)
         tell("reading", 0.0)
         cohort, grid = read_cohort(table, source, self.spacing_mm, least=1)
-        self._check_labels(cohort.labels, source)
+        self._check_labels(cohort, source)
         checked = None if held is None else read_cohort(held, source, grid=grid, codes=cohort.codes, least=1)[0].to(fabric.device)
+        examples = self._examples(table, source, cohort, grid, folder, fabric.device, tell)
+        trained = TrainedSegmenter.build(grid, self.settings, cohort.codes, {**names_of(table, source), **self.names}, self.training.seed)
+        trained.network.to(fabric.device)
+
+        def report(row: Row, share: float) -> None:
+            score = f", Dice {row['dice']:.3f}" if "dice" in row else ""
+            tell(f"step {row['step']:.0f}, loss {row['loss']:.4g}{score}", share)
+
+        described: dict[str, Any] = {"scans": list(cohort.names), "examples": self.examples, "augment": self.augmentation is not None}
+        described |= {"batch": self.batch, "codes": cohort.codes, "spacing_mm": grid.spacing, "shape": grid.shape}
+        log = train_segmenter(trained, examples, self.training, folder=folder, validation=checked, fabric=fabric, described=described, tell=report)
+        return trained, log
+
+    def _examples(
+        self, table: pd.DataFrame, source: Path, cohort: Cohort, grid: Grid, folder: Path, device: torch.device, tell: Callable[[str, float], None]
+    ) -> Examples:
+        """What the network is trained on; registrations that it takes are kept in the run's folder."""
         if self.examples in OF_ONE:
-            kept = Registrations(folder / "registrations", seed=self.training.seed, device=fabric.device.type)
+            kept = Registrations(folder / "registrations", seed=self.training.seed, device=device.type)
             scan, labels, others = _one_and_others(table, source)
 
         def registered(moving: Volume, fixed: Volume) -> Registered:
@@ -87,34 +104,44 @@ class SegmenterRun:
 
         if self.examples == "one-shot":
             model = model_of(scan, labels, others, cohort.codes, registered, registering)
-            examples = on_grid(one_shot([model], self.batch, self.augmentation), model.grid, grid)
-        else:
-            if self.examples == "carried":
-                cohort = completed(cohort, carried(scan, labels, others, registered, registering), grid)
-            cohort = cohort.to(fabric.device)
-            if self.examples == "contrasts":
-                regions = regions_of(cohort.images, cohort.labels)
-                examples = random_contrast(regions, cohort.labels, grid, self.batch, self.augmentation)
-            else:
-                examples = labelled(cohort.images, cohort.labels, grid, self.batch, self.augmentation)
-        trained = TrainedSegmenter.build(grid, self.settings, cohort.codes, {**names_of(table, source), **self.names}, self.training.seed)
-        trained.network.to(fabric.device)
+            return on_grid(one_shot([model], self.batch, self.augmentation), model.grid, grid)
+        if self.examples == "carried":
+            cohort = completed(cohort, carried(scan, labels, others, registered, registering), grid)
+        cohort = cohort.to(device)
+        if self.examples == "contrasts":
+            return random_contrast(regions_of(cohort.images, cohort.labels), cohort.labels, grid, self.batch, self.augmentation)
+        return labelled(cohort.images, cohort.labels, grid, self.batch, self.augmentation)
 
-        def report(row: Row, share: float) -> None:
-            score = f", Dice {row['dice']:.3f}" if "dice" in row else ""
-            tell(f"step {row['step']:.0f}, loss {row['loss']:.4g}{score}", share)
-
-        described = {"scans": list(cohort.names), "examples": self.examples, "augment": self.augmentation is not None, "batch": self.batch}
-        log = train_segmenter(trained, examples, self.training, folder=folder, validation=checked, fabric=fabric, described=described, tell=report)
-        return trained, log
-
-    def _check_labels(self, labels: Tensor, source: Path) -> None:
-        known = (labels >= 0).flatten(1).all(1)
+    def _check_labels(self, cohort: Cohort, source: Path) -> None:
+        known = (cohort.labels >= 0).flatten(1).all(1)
         if self.examples not in OF_ONE and not bool(known.all()):
             raise UnusableInput(source, "has scans without labels", "give labels to each, leave the scan out, or use --examples one-shot or carried")
         if self.examples in OF_ONE and (int(known.sum()) != 1 or len(known) < 3):
             fault = f"has {int(known.sum())} scans with labels and {int((~known).sum())} without"
             raise UnusableInput(source, fault, "give one with labels, and two or more without")
+        if len(cohort.codes) < 2:
+            raise UnusableInput(source, "has label maps to train on that are all empty: every voxel is 0", "give maps of labels other than 0")
+
+
+def check_folds(folds: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], source: Path) -> None:
+    """Refuse, before hours of training, folds of which a later one could not be trained without, or could not be scored.
+
+    Arguments:
+        folds: of each, rows for training and those of the fold. source: the table's path.
+
+    Raises:
+        UnusableInput: for a label that only one fold has, and where all labels are in one fold.
+    """
+    cells = pd.concat([held for _, held in folds.values()])["labels"]
+    codes = {cell: set(read_labels(source.parent / str(cell)).data.unique().tolist()) - {0} for cell in cells}
+    for name, (rows, held) in folds.items():
+        seen = set().union(*(codes[cell] for cell in rows["labels"]))
+        for cell in held["labels"]:
+            if missing := sorted(codes[cell] - seen):
+                fault = f"has the label {missing[0]}, which no scan outside fold {name} has"
+                raise UnusableInput(source.parent / str(cell), fault, "divide scans with this label among folds, or leave the label out")
+        if not seen:
+            raise UnusableInput(source, f"has no label other than 0 outside fold {name}", "give maps of labels other than 0")
 
 
 def _one_and_others(table: pd.DataFrame, source: Path) -> tuple[Volume, Volume, list[Volume]]:

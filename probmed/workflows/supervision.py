@@ -7,7 +7,7 @@ that is fitted to validation scans, dropout at prediction, draws of a probabilis
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,22 +15,20 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-import probmed
 from probmed.grids import Grid
 from probmed.inference.training import Row, TrainingSettings, train
-from probmed.metrics import dice
+from probmed.metrics import mean_dice
 from probmed.models.segmentation import Segmentation
 from probmed.segmentation_networks import NETWORKS, Encoder, ProbabilisticUNet
 from probmed.transforms import warp
-from probmed.volumes import UnusableInput, Volume, atomic_write
+from probmed.volumes import UnusableInput, Volume
 from probmed.workflows.amortisation import Cohort, brought
 from probmed.workflows.cohorts import own_world
+from probmed.workflows.network_folders import read_network, read_weights, write_network
 from probmed.workflows.training_sets import Examples, drawn_from
 from probmed.workflows.volume_errors import VolumeErrors
 
@@ -148,16 +146,17 @@ class TrainedSegmenter:
 
     @torch.no_grad()
     def validation(self, cohort: Cohort) -> Row:
-        """Mean Dice over scans and labels but the background, and nats a voxel."""
+        """Mean Dice over scans, of each over the labels but the background that it has or is given, and nats a voxel."""
         self.network.eval()
         scores, nats = [], []
         for image, labels in zip(cohort.images, cohort.labels, strict=True):
             logits = self.logits(image[None].to(self.device))[0].cpu()
-            found, known = logits.argmax(0), labels >= 0
-            scores.append(sum(dice((found == k) & known, labels == k) for k in range(1, len(self.codes))) / (len(self.codes) - 1))
+            known = labels >= 0
+            scores.append(mean_dice(logits.argmax(0)[known], labels[known], range(1, len(self.codes))))
             nats.append(float(functional.cross_entropy(logits[:, known].mT, labels[known])))
         self.network.train()
-        return {"dice": sum(scores) / len(scores), "nll": sum(nats) / len(nats)}
+        told = [score for score in scores if not math.isnan(score)]
+        return {"dice": sum(told) / len(told) if told else math.nan, "nll": sum(nats) / len(nats)}
 
     @torch.no_grad()
     def calibrate(self, cohort: Cohort) -> float:
@@ -209,14 +208,10 @@ class TrainedSegmenter:
 
     def save(self, folder: Path) -> None:
         """``network.safetensors`` and ``network.json``."""
-        with atomic_write(folder / "network.safetensors") as path:
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in self.network.state_dict().items()}, path)
-        described = {"probmed": probmed.__version__, "system": "segmentation", **asdict(self.settings)}
-        described |= {"shape": self.grid.shape, "spacing_mm": self.grid.spacing, "codes": self.codes, "temperature": self.temperature}
-        described["volume_errors"] = None if self.volume_errors is None else self.volume_errors.rows
+        described = {**asdict(self.settings), "shape": self.grid.shape, "spacing_mm": self.grid.spacing, "codes": self.codes}
+        described |= {"temperature": self.temperature, "volume_errors": None if self.volume_errors is None else self.volume_errors.rows}
         described |= {"names": {str(code): name for code, name in self.names.items()}}
-        with atomic_write(folder / "network.json") as path:
-            path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_network(folder, self.network, "segmentation", described)
 
     @classmethod
     def load(cls, folder: Path) -> TrainedSegmenter:
@@ -224,21 +219,15 @@ class TrainedSegmenter:
         Raises:
             UnusableInput: where there is no trained segmentation network.
         """
-        try:
-            described: dict[str, Any] = json.loads((folder / "network.json").read_text(encoding="utf-8"))
-            if described["system"] != "segmentation":
-                raise ValueError(f"it is a network for {described['system']}")
+        with read_network(folder, "segmentation") as found:
             # Networks of before there were adversaries have none, nor errors of volumes, nor another precision.
-            described = {"adversary": 0.0, "mixed_precision": False, **described}
+            described = {"adversary": 0.0, "mixed_precision": False, **found}
             settings = SegmenterSettings(**{f.name: described[f.name] for f in fields(SegmenterSettings)})
             grid = Grid.from_spacing(described["shape"], described["spacing_mm"])
             trained = cls.build(grid, settings, described["codes"], {int(code): name for code, name in described["names"].items()})
-            trained.network.load_state_dict(load_file(folder / "network.safetensors"))
             trained.temperature = float(described["temperature"])
             trained.volume_errors = VolumeErrors.read(described.get("volume_errors"))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            fault = f"holds no segmentation network that can be read ({error})"
-            raise UnusableInput(folder, fault, "give a folder that `probmed train segmentation` has written") from error
+        read_weights(folder, trained.network)
         trained.network.eval()
         return trained
 
