@@ -455,6 +455,35 @@ def test_a_run_from_files_gives_forecasts_from_files(tmp_path: Path, monkeypatch
     assert pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t").equals(found)
 
 
+def test_people_without_a_baseline_scan_are_predicted_on_the_atlas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = KnownCohort(12)
+    monkeypatch.setattr(growth_module, "register", cohort.register)
+    table = pd.read_csv(cohort.write(tmp_path), sep="\t")
+    # A visit to come, of which the run knows that there was no scan.
+    gap = table[table["subject"] == "s1"].iloc[[-1]].assign(time=7.25, scan="n/a")
+    pd.concat([table, gap]).to_csv(tmp_path / "visits.tsv", sep="\t", index=False)
+    invoke("train", "longitudinal", *options(tmp_path))
+    asked = table[table["subject"].isin(["s10", "s11"])].groupby("subject").head(2)
+    asked = asked.assign(subject="new" + asked["subject"], scan=["n/a", "n/a", "n/a", "s11_1.nii.gz"])
+    later = asked.iloc[[3]].assign(time=8.0, scan="n/a")
+    own = pd.concat([table[table["subject"] == "s1"], gap])
+    pd.concat([asked, later, own]).to_csv(tmp_path / "new.tsv", sep="\t", index=False)
+    arguments = ["predict", str(tmp_path / "run"), "--data", str(tmp_path / "new.tsv"), "--draws", "20", "-o", str(tmp_path / "out")]
+    said = invoke(*arguments)
+    assert "no scan at the baseline of news10 and 1 others: predicted on the atlas; later scans of theirs are not used" in said
+    found = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t").set_index(["subject", "name"])
+    assert sorted({subject for subject, _ in found.index}) == ["news10", "news11", "s1"]
+    area = float((disc_labels(GRID).data == 1).sum()) * 4 / 1000
+    assert found["baseline_ml"]["news10", "disc"] == pytest.approx(area)
+    assert found["sd"]["news10", "disc"] > 0
+    # Someone of whom nothing but the age is known has the rate that it tells.
+    run = GrowthRun.load(tmp_path / "run")
+    with pytest.warns(UserWarning, match="predicted on the atlas"):
+        (_, alone), *_ = run.predict(run.read(tmp_path / "new.tsv"), Registrations(tmp_path / "out" / "registrations"), draws=20)
+    assert torch.equal(alone.baseline.data, cohort.atlas().scan.data)
+    assert alone.volumes.set_index("name")["mean"]["disc"] == pytest.approx(found["mean"]["news10", "disc"])
+
+
 def _never(*arguments: Any, **options: Any) -> Any:
     raise AssertionError("registered again")
 
@@ -546,7 +575,9 @@ def test_what_cannot_be_done_is_said_in_one_line_before_any_registration(tmp_pat
     (tmp_path / "out" / "sub-s0_time-8p00_dseg.tsv").write_text("mine")
     assert "did not write it" in predicted(lambda t: twice[:2])
     shutil.rmtree(tmp_path / "out")
-    assert "no scan at the baseline of s1" in predicted(lambda t: t.assign(scan=t["scan"].where(t["scan"] != "s1_0.nii.gz", "n/a")))
+    assert "has no column 'age'" in predicted(lambda t: twice[:2].drop(columns="age"))
+    assert "does not exist" in predicted(lambda t: twice[:2].assign(scan=["gone.nii.gz", "n/a"]))
+    assert "has 3 axes" in predicted(lambda t: twice[:2].assign(scan=["thick.nii.gz", "n/a"]))
     assert "begins with a visit of s0" in predicted(lambda t: t[1:])
     assert not (tmp_path / "out").exists()
     (tmp_path / "run" / "growth.safetensors").write_bytes(b"nothing")

@@ -17,7 +17,7 @@ from probmed.cli import app
 from probmed.tables import Genotypes, Visits
 from probmed.volumes import UnusableInput
 from probmed.workflows.longitudinal import RateSettings, fit_rates
-from probmed.workflows.longitudinal_outputs import RateRun
+from probmed.workflows.longitudinal_outputs import RateRun, together, with_times_of
 
 PEOPLE, SNPS = 60, 120
 
@@ -164,10 +164,76 @@ def test_requests_that_cannot_be_met_get_one_line(tmp_path: Path) -> None:
     assert "holds no run" in refused("predict", str(tmp_path), "--data", str(table), "-o", str(tmp_path / "p"))
     stranger = rows.iloc[:2].assign(subject="other", volume=[np.nan, np.nan], time=[0.0, 1.0])
     pd.concat([rows, stranger]).to_csv(tmp_path / "bare.tsv", sep="\t", index=False)
-    assert "asks for no prediction" in refused("predict", str(out), "--data", str(tmp_path / "bare.tsv"), "-o", str(tmp_path / "p"))
+    asked = refused("predict", str(out), "--data", str(tmp_path / "bare.tsv"), "-o", str(tmp_path / "p"))
+    assert "asks for other, who is not in the genotypes" in asked
     with pytest.raises(ValueError, match="people of the tables"):
         fit_rates(read(table), SETTINGS).predict(["nobody"], [1.0])
     with pytest.raises(ValueError, match="baseline"):
         RateSettings("volume", baseline="other")
     with pytest.raises(UnusableInput, match="nothing that could explain"):
         fit_rates(read(table), RateSettings("volume", own=False))
+
+
+def test_predictions_that_cannot_be_made_get_one_line(tmp_path: Path) -> None:
+    table, bed = write_cohort(tmp_path, 14)
+    rows = pd.read_csv(table, sep="\t")
+    rows[rows["subject"] < "p012"].to_csv(tmp_path / "train.tsv", sep="\t", index=False)
+    run = tmp_path / "run"
+    assert CliRunner().invoke(app, ["train", "longitudinal", *_options(tmp_path / "train.tsv", bed, run)]).exit_code == 0
+    new = rows[rows["subject"] == "p012"].copy()
+    new["volume"] = new["volume"].where(~new["subject"].duplicated())
+
+    def predicted(asked: pd.DataFrame, *more: str, code: int = 2) -> str:
+        asked.to_csv(tmp_path / "new.tsv", sep="\t", index=False, na_rep="n/a")
+        result = CliRunner().invoke(app, ["predict", str(run), "--data", str(tmp_path / "new.tsv"), "-o", str(tmp_path / "out"), *more])
+        assert result.exit_code == code, result.output
+        return " ".join(result.output.split())
+
+    earlier = rows[rows["subject"] == "p003"].iloc[[0, 0]].copy()
+    earlier["time"] += [-1.0, 30.0]
+    earlier["volume"] = [3.0, np.nan]
+    assert "has a visit of p003 at" in predicted(earlier) and "before the run's baseline" in predicted(earlier)
+    assert "asks for nobody, who is not in the genotypes" in predicted(new.assign(subject="nobody"))
+    assert "has no volume at the baseline of p012" in predicted(new.assign(volume=np.nan))
+    assert "has no column 'age'" in predicted(new.drop(columns="age"))
+    assert "no number in column time" in predicted(new.assign(time="soon"))
+    assert "two visits of subject p012 at one time" in predicted(pd.concat([new, new]))
+    assert "has level 'X' in column sex" in predicted(new.assign(sex="X"))
+    assert "asks for no prediction" in predicted(new.iloc[:1])
+    counts = np.ones((2, 3))
+    to_bed(tmp_path / "others.bed", counts, properties={"iid": ["p012", "p013"], "fid": ["p012", "p013"]})
+    assert "has no genotypes of p000, with whom the run was fitted (12 such)" in predicted(new, "--genotypes", str(tmp_path / "others.bed"))
+    # A column may be empty: what is missing is integrated out, and people of the run need no row but those that are asked for.
+    assert "predictions of volume" in predicted(new.assign(age=np.nan), code=0)
+    later = rows[rows["subject"] == "p003"].iloc[[0]].assign(time=30.0, volume=np.nan)
+    assert "1 predictions of volume" in predicted(later, code=0)
+    bare = tmp_path / "bare"
+    assert CliRunner().invoke(app, ["train", "longitudinal", *_options(tmp_path / "train.tsv", None, bare)]).exit_code == 0
+    run = bare
+    assert "is of no use to a run without genotypes" in predicted(new, "--genotypes", str(bed))
+
+
+def test_a_visit_in_days_is_the_run_s_own_and_one_that_it_lacks_is_predicted(tmp_path: Path) -> None:
+    table, _ = write_cohort(tmp_path, 12)
+    rows = pd.read_csv(table, sep="\t")
+    rows["time"] = (rows["time"] * 365.25 + 700_000).round(3)
+    gap = rows[rows["subject"] == "p002"].iloc[[-1]].copy()
+    gap["time"] += 1000.001
+    gap["volume"] = np.nan
+    with_gap = pd.concat([rows, gap])
+    with_gap.to_csv(table, sep="\t", index=False, na_rep="n/a")
+    arguments = ["train", "longitudinal", *_options(table, None, tmp_path / "run"), "--time-unit", "days"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    asked = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), "--data", str(table), "-o", str(tmp_path / "out")])
+    # Every other visit is the run's, so that the table of the training asks for the one visit that it lacks.
+    assert asked.exit_code == 0 and "1 predictions of volume" in asked.output, asked.output
+    found = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
+    assert found["subject"].tolist() == ["p002"]
+    run = RateRun.load(tmp_path / "run")
+    merged = together(run.visits, with_times_of(run.visits, run.read(table)))
+    assert len(merged) == len(run.visits) == len(with_gap)
+    # What the run lacks at a visit, another table may tell.
+    filled = with_gap.assign(volume=with_gap["volume"].fillna(2.5))
+    filled.to_csv(table, sep="\t", index=False)
+    known = together(run.visits, with_times_of(run.visits, run.read(table)))
+    assert known.table["volume"].tolist() == pytest.approx(filled.sort_values(["subject", "time"])["volume"].tolist(), rel=1e-9)

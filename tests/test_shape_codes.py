@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bed_reader import to_bed
 from torch import Tensor
 from typer.testing import CliRunner
 
 from probmed.cli import app
 from probmed.grids import Grid
-from probmed.tables import Visits
+from probmed.tables import Genotypes, Visits
 from probmed.transforms import Affine, Transform, Velocity
 from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
 from probmed.workflows.follow_up_checks import held_out_codes
@@ -167,6 +168,26 @@ def test_requests_that_cannot_be_met_get_one_line(trained: tuple[Discs, ShapeCod
         next(predict_scans(codes, read(discs.table(range(30, 32), (0.0, 1.0))), discs))  # type: ignore[arg-type]
     with pytest.raises(UnusableInput, match="has no follow-up scan of anyone"):
         fit_codes(read(discs.table(range(2), (0.0,))), SETTINGS, disc(), discs)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_who_has_no_baseline_scan_is_predicted_on_the_atlas_and_who_is_in_no_genotypes_is_named(
+    trained: tuple[Discs, ShapeCodes], tmp_path: Path
+) -> None:
+    discs, codes = trained
+    asked = read(discs.table(range(30, 32), (0.0, 2.0), unseen=(2.0,)))
+    bare = replace(asked, table=asked.table.assign(scan=asked.table["scan"].where(asked.table["subject"] != "p30", None)))
+    with pytest.warns(UserWarning, match="no scan at the baseline of p30: predicted on the atlas"):
+        (_, first), (_, second) = predict_scans(codes, bare, discs, draws=20)  # type: ignore[arg-type]
+    assert torch.equal(first.baseline.data, codes.atlas.scan.data) and second.baseline.path is not None
+    # The rate is that of the dose, wherever it is shown.
+    row = first.volumes.iloc[0]
+    expected = 2 * 2.0 * (0.02 + 0.03 * float(discs.dose[30]))
+    assert math.log(row["mean"] / row["baseline_ml"]) == pytest.approx(expected, abs=0.04)
+    names = [f"p{n:02d}" for n in range(31)]
+    to_bed(tmp_path / "some.bed", np.ones((31, 2)), properties={"iid": names, "fid": names})
+    with pytest.raises(UnusableInput, match="asks for p31, who is not in the genotypes"):
+        next(predict_scans(codes, asked, discs, Genotypes.open(tmp_path / "some.bed", count_A1=True)))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import typer
 from probmed.cli import progress
 from probmed.cli.options import DebugOption, Device, DeviceOption, DrawsOption, QuietOption, SeedOption, check_device, command_line, make_folder
 from probmed.tables import Genotypes
+from probmed.volumes import UnusableInput
 from probmed.workflows.growth import Registrations
 from probmed.workflows.growth_outputs import REGISTRATIONS, VOLUME_COLUMNS, GrowthRun, check_forecast_outputs, write_forecast
 from probmed.workflows.longitudinal_outputs import RECORD, RateRun, exact_text, read_record
@@ -63,6 +64,8 @@ def predict(
         check_device(device)
         fitted = _load(run)
         plink = genotypes or fitted.source.genotypes
+        if genotypes is not None and fitted.source.genotypes is None:
+            raise UnusableInput(genotypes, "is of no use to a run without genotypes", "leave --genotypes out")
         record = run / (CODES_RECORD if isinstance(fitted, CodesRun) else RECORD)
         inputs = [str(path) for path in (record, data, plink) if path is not None]
         check_outputs(out, ["predictions.tsv", "predictions.json"], "predictions", [data], ".json", "probmed predict")

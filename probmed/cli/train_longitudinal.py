@@ -113,8 +113,8 @@ def longitudinal(
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
             tell("reading", 0.0)
             source = TableSource(subject, time, time_unit.value, genotypes)
-            role = "scalars" if scans is None else "scans"
-            visits = source.read(data, covariates=numeric, categorical=levels, **{role: [explained]})
+            columns = {"scalars": [] if scalar is None else [scalar], "scans": [] if scans is None else [scans]}
+            visits = source.read(data, covariates=numeric, categorical=levels, scalars=columns["scalars"], scans=columns["scans"])
             people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True)
             settings = RateSettings(explained, names_in(mean), names_in(clinical), names_in(phenotype), own, baseline.value, min_frequency)
             if atlas is None:

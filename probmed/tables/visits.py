@@ -76,6 +76,7 @@ class Visits:
         covariates: Sequence[str] = (),
         categorical: Sequence[str] = (),
         scans: Sequence[str] = (),
+        empty: bool = False,
     ) -> Visits:
         """From ``.tsv`` or ``.csv``; columns that are not asked for are passed over.
 
@@ -84,10 +85,11 @@ class Visits:
             subject, time: columns with the person, and with numbers that tell when the visit was.
             covariates: numeric ones.
             scans: columns with paths, relative ones to the table's folder.
+            empty: whether a column may be wholly missing, as in a table of visits to come.
 
         Raises:
-            UnusableInput: as ``read_table``; where a column is not there, is wholly missing, or holds other than numbers; where a subject or time is
-                missing, a subject is seen twice at one time, or a scan does not exist.
+            UnusableInput: as ``read_table``; where a column is not there, is wholly missing unless it may, or holds other than numbers; where a
+                subject or time is missing, a subject is seen twice at one time, or a scan does not exist.
             ValueError: for another unit of time.
         """
         path = Path(path)
@@ -95,7 +97,8 @@ class Visits:
             raise ValueError(f"expected time in years or days, got {time_unit!r}")
         raw = read_table(path)
         check_columns(path, raw, (subject, time, *scalars, *covariates, *categorical, *scans))
-        check_not_empty(path, raw, (*scalars, *covariates, *categorical, *scans))
+        if not empty:
+            check_not_empty(path, raw, (*scalars, *covariates, *categorical, *scans))
         if clash := {"subject", "years"} & {*scalars, *covariates, *categorical, *scans}:
             raise UnusableInput(path, f"has a column {min(clash)!r} that is asked for as something else", "rename it")
         years = numbers(path, raw, time, missing=False) / (_DAYS_PER_YEAR if time_unit == "days" else 1.0)

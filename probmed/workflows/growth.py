@@ -286,14 +286,17 @@ def fit_growth(
     return Growth(replace(result, joined=replace(result.joined, omissions=joined.omissions)), fits, basis, atlas, settings)
 
 
-def check_scans(visits: Visits, scans: str, atlas: LabelledScan) -> None:
+def check_scans(visits: Visits, scans: str, atlas: LabelledScan, *, from_baseline: bool = True) -> None:
     """Refuse, before any work, scans that cannot be registered.
+
+    Arguments:
+        from_baseline: whether everyone needs a scan at baseline.
 
     Raises:
         UnusableInput: for a baseline without a scan, one that cannot be read, or has other axes than the atlas.
     """
     first = visits.baseline[scans]
-    if first.isna().any():
+    if from_baseline and first.isna().any():
         raise UnusableInput(visits.path, f"has no scan at the baseline of {first.index[first.isna()][0]}", "give it, or leave the subject out")
     for path in visits.table[scans].dropna():
         check_pair(read_scan(path), atlas.scan, RegistrationSettings(apart=True))
@@ -426,6 +429,12 @@ class Body:
         if labels is not None:
             return cls(scan, from_atlas, labels, Affine.identity(scan.grid.ndim), atlas.names)
         return cls(scan, from_atlas, atlas.labels, from_atlas.inverse(), atlas.names)
+
+    @classmethod
+    def of_atlas(cls, atlas: LabelledScan) -> Body:
+        """The atlas's own, for a person without a baseline scan."""
+        same = Affine.identity(atlas.scan.grid.ndim)
+        return cls(atlas.scan, same, atlas.labels, same, atlas.names)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,16 @@ A forecast of subject S at 2.5 years, on the voxels of the baseline scan:
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,12 +59,15 @@ from probmed.workflows.longitudinal_outputs import (
     REPORT,
     RateRun,
     TableSource,
+    check_in_genotypes,
     exact_text,
+    known_in,
     no_run,
     read_record,
     run_record,
     seen_in,
     together,
+    with_times_of,
     with_tuples,
     write_record,
 )
@@ -148,20 +154,20 @@ class GrowthRun:
         """Subject and forecast for each visit without a scan that is not a person's first.
 
         Arguments:
-            asked: of people of the run or of others, each person's first visit with a scan; later scans are used too.
+            asked: of people of the run or of others; later scans are used too. Who has no scan at the first visit is predicted on the atlas.
             labels: column with label maps of the baseline scans; the atlas's are carried where there is none.
 
         Raises:
             UnusableInput: as ``wanted``, and for someone without genotypes where the run has them.
         """
+        asked = with_times_of(self.rates.visits, asked)
         wanted = self.wanted(asked)
+        check_in_genotypes(asked.path, [subject for subject, _ in wanted], self.rates.visits, genotypes)
+        tell_of_atlas(asked, self.scans)
         registrations = registrations.also(self.folder / REGISTRATIONS)
         growth = self._with(asked, registrations, genotypes)
-        people = growth.rates.joined.subjects
         bodies: dict[str, Body] = {}
         for number, (subject, years) in enumerate(wanted):
-            if subject not in people:
-                raise not_in_genotypes(asked.path, subject)
             if subject not in bodies:
                 bodies = {subject: body_of(asked, subject, self.settings, self.atlas, registrations, labels)}
             rate = growth.rate(subject)
@@ -170,13 +176,14 @@ class GrowthRun:
 
     def wanted(self, asked: Visits) -> list[tuple[str, float]]:
         """Subject and years since baseline of what is to be predicted, as ``wanted_forecasts``."""
-        return wanted_forecasts(asked, self.rates.visits, self.scans, self.atlas)
+        scanned = known_in(self.rates.visits, column_names(self.basis.columns))
+        return wanted_forecasts(asked, self.rates.visits, scanned, self.scans, self.atlas)
 
     def _with(self, asked: Visits, registrations: Registrations, genotypes: Genotypes | None) -> Growth:
         """Conditioned on what the table knows, at the run's components."""
-        scans, own = self.settings.rates.scalar, self.rates.visits
-        new = asked.table["subject"].duplicated() & asked.table[scans].notna() & ~seen_in(own, asked)
-        rows = torch.tensor(new.to_numpy()).nonzero()[:, 0]
+        own = self.rates.visits
+        scanned = known_in(own, column_names(self.basis.columns))
+        rows = torch.tensor(measurable(asked, self.scans) & ~seen_in(scanned, asked)).nonzero()[:, 0]
         coefficients = torch.zeros(0, self.basis.columns, dtype=torch.float64)
         if len(rows):
             coefficients = self.basis.coefficients(transported_changes(asked, rows, self.settings, self.atlas, registrations))
@@ -188,24 +195,25 @@ class GrowthRun:
         return Growth(result, tuple(fits), self.basis, self.atlas, self.settings)
 
 
-def wanted_forecasts(asked: Visits, own: Visits, scans: str, atlas: LabelledScan) -> list[tuple[str, float]]:
+def wanted_forecasts(asked: Visits, own: Visits, scanned: Visits, scans: str, atlas: LabelledScan) -> list[tuple[str, float]]:
     """Subject and years since baseline of what is to be predicted.
 
     Arguments:
-        own: visits of the run. scans: their column.
+        own: visits of the run. scanned: those of them with a scan. scans: their column.
 
     Raises:
-        UnusableInput: where that is nothing, or twice the same by its files' names; where a person's first visit is without a scan, or is not the
-            first one in the run.
+        UnusableInput: where that is nothing, or twice the same by its files' names; where a person's first visit is not the first one in the run, or
+            scans cannot be registered.
     """
-    check_scans(asked, scans, atlas)
+    asked = with_times_of(own, asked)
+    check_scans(asked, scans, atlas, from_baseline=False)
     first = own.baseline["years"]
     for subject, years in zip(asked.subjects, asked.baseline["years"], strict=True):
         if subject in first.index and years != first[subject]:
             fault = f"begins with a visit of {subject} at {years:g} years, and the run with one at {first[subject]:g}"
             raise UnusableInput(asked.path, fault, "begin with the same visit, with its scan")
     table = asked.table.assign(since=asked.years_since_baseline.numpy())
-    rows = table[table[scans].isna() & (table["since"] > 0) & ~seen_in(own, asked)]
+    rows = table[table[scans].isna() & (table["since"] > 0) & ~seen_in(scanned, asked)]
     if not len(rows):
         remedy = f"leave {scans} empty in the rows that are to be predicted, after a baseline row with a scan"
         raise UnusableInput(asked.path, "asks for no prediction of a scan", remedy)
@@ -218,15 +226,27 @@ def wanted_forecasts(asked: Visits, own: Visits, scans: str, atlas: LabelledScan
     return found
 
 
-def not_in_genotypes(path: Path, subject: str) -> UnusableInput:
-    """For someone of whom nothing can be said."""
-    return UnusableInput(path, f"asks for {subject}, who is not in the genotypes", "give genotypes of all, or leave the subject out")
+def measurable(asked: Visits, scans: str) -> NDArray[np.bool_]:
+    """Which later visits have a scan and one at baseline to compare it with."""
+    known = asked.table[scans].notna()
+    return np.asarray(asked.table["subject"].duplicated() & known & known.groupby(asked.table["subject"]).transform("first"))
+
+
+def tell_of_atlas(asked: Visits, scans: str) -> None:
+    """Warn of people who are predicted on the atlas, for they have no scan at baseline."""
+    without = asked.baseline.index[asked.baseline[scans].isna()]
+    if not len(without):
+        return
+    names = f"{without[0]} and {len(without) - 1} others" if len(without) > 1 else without[0]
+    later = asked.table[scans].notna() & asked.table["subject"].isin(without)
+    rest = "; later scans of theirs are not used" if later.any() else ""
+    warnings.warn(f"{asked.path}: has no scan at the baseline of {names}: predicted on the atlas{rest}", stacklevel=3)
 
 
 def body_of(
     asked: Visits, subject: str, settings: GrowthSettings, atlas: LabelledScan, registrations: Registrations, labels: str | None = None
 ) -> Body:
-    """A person's baseline scan.
+    """A person's baseline scan, or the atlas where there is none.
 
     Arguments:
         labels: column with label maps; the atlas's are carried where there is none.
@@ -235,6 +255,8 @@ def body_of(
         UnusableInput: for labels on other voxels than the scan's, and as ``register``.
     """
     first = asked.baseline.loc[subject]
+    if pd.isna(first[settings.rates.scalar]):
+        return Body.of_atlas(atlas)
     scan = read_scan(first[settings.rates.scalar])
     own = None
     if labels is not None and pd.notna(first[labels]):

@@ -170,6 +170,8 @@ def fit_rates(
         differences, baseline = differences[:, 0], baseline[:, 0]
     follow_ups = FollowUps(changes.years[seen], changes.person[seen], len(joined.subjects))
     data, components, names = explained(joined, settings, follow_ups, differences, known)
+    if variances is not None and len(variances) != data.count:
+        raise ValueError(f"expected a variance for each of {data.count} components ({', '.join(components)}, noise), got {len(variances)}")
     fit = fit_components(data) if variances is None else at_components(data, variances)
     return RateResult(joined, settings, components, names, fit, baseline)
 

@@ -8,7 +8,7 @@ provenance.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from probmed.workflows.provenance import Provenance
 RECORD = "longitudinal.json"
 REPORT = "report.html"
 _LEVEL = 0.9
+_SAME = 1e-8  # of times, relative: a run keeps ten digits
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,15 @@ class TableSource:
         genotypes = None if self.genotypes is None else str(self.genotypes.resolve())
         return {"Subject": self.subject, "Time": self.time, "Unit": self.unit, "Genotypes": genotypes}
 
-    def read(self, path: Path, **roles: Sequence[str]) -> Visits:
+    def read(self, path: Path, *, empty: bool = False, **roles: Sequence[str]) -> Visits:
         """Visits, with the columns of ``Visits.read``."""
-        return Visits.read(path, time_unit=self.unit, subject=self.subject, time=self.time, **roles)
+        return Visits.read(path, time_unit=self.unit, subject=self.subject, time=self.time, empty=empty, **roles)
 
     def read_scans(self, path: Path, own: Visits, scans: str, labels: str | None = None) -> Visits:
-        """A table with the columns of a run's own visits, one of scans, and one of label maps of the baseline scans where there is one."""
+        """A table with the columns of a run's own visits, one of scans, and one of label maps of the baseline scans where there is one; each may be
+        empty."""
         columns = [scans, *([] if labels is None else [labels])]
-        return self.read(path, covariates=own.covariates, categorical=own.categorical, scans=columns)
+        return self.read(path, covariates=own.covariates, categorical=own.categorical, scans=columns, empty=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class RateRun:
 
     def read(self, path: Path) -> Visits:
         """A table with the columns of the run's own; the scalar is missing where it is to be predicted."""
-        return self.source.read(path, **{role: getattr(self.visits, role) for role in ("scalars", "covariates", "categorical")})
+        own = self.visits
+        return self.source.read(path, scalars=own.scalars, covariates=own.covariates, categorical=own.categorical, empty=True)
 
     def predict(self, asked: Visits, genotypes: Genotypes | None = None) -> pd.DataFrame:
         """A row for each visit without the scalar that is not a person's first: mean, standard deviation and 90 % interval of what will be measured.
@@ -108,19 +111,25 @@ class RateRun:
             asked: of people of the run or of others; what else is known of them is used.
 
         Raises:
-            UnusableInput: where nothing is asked for, or a person's scalar is not known at baseline.
+            UnusableInput: where nothing is asked for, a visit is before the run's baseline, or a person is not in the genotypes or has no scalar at
+                baseline.
         """
         scalar = self.settings.scalar
-        result = fit_rates(together(self.visits, asked), self.settings, genotypes, known=self.visits.subjects, variances=self.variances)
-        table = result.joined.visits.table.assign(since=result.joined.visits.years_since_baseline.numpy())
-        wanted = table[table[scalar].isna() & (table["since"] > 0) & table["subject"].isin(asked.subjects)]
+        asked = with_times_of(self.visits, asked)
+        check_beginnings(self.visits, asked)
+        merged = together(self.visits, asked)
+        since = asked.table["years"] - asked.table["subject"].map(merged.baseline["years"])
+        known = seen_in(known_in(self.visits, [scalar]), asked)
+        wanted = asked.table.assign(since=since)[asked.table[scalar].isna() & (since > 0) & ~known]
         if not len(wanted):
             remedy = f"leave {scalar} empty in the rows that are to be predicted, after a baseline row where it is known"
             raise UnusableInput(asked.path, f"asks for no prediction of {scalar}", remedy)
-        unknown = wanted["subject"].map(table.drop_duplicates("subject").set_index("subject")[scalar]).isna()
+        check_in_genotypes(asked.path, wanted["subject"], self.visits, genotypes)
+        unknown = wanted["subject"].map(merged.baseline[scalar]).isna()
         if unknown.any():
             fault = f"has no {scalar} at the baseline of {wanted['subject'][unknown].iloc[0]}, from which change could be counted"
             raise UnusableInput(asked.path, fault, "give it, or leave the subject out")
+        result = fit_rates(merged, self.settings, genotypes, known=self.visits.subjects, variances=self.variances)
         found = result.predict(list(wanted["subject"]), list(wanted["since"]))
         interval = found.interval(_LEVEL)
         return pd.DataFrame(
@@ -160,9 +169,11 @@ def with_tuples(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def together(own: Visits, asked: Visits) -> Visits:
-    """The visits of a run and those of another table; a visit that both have is the run's."""
-    new = asked.table[~seen_in(own, asked)]
-    rows = pd.concat([own.table, new], ignore_index=True)
+    """The visits of a run and those of another table; of a visit that both have, the run's, with the scalars that it lacks from the other."""
+    places = places_in(own, asked)
+    both, scalars = places >= 0, [name for name in own.scalars if name in asked.table]
+    known = own.table.assign(**own.table[scalars].fillna(asked.table.loc[both, scalars].set_axis(places[both])))
+    rows = pd.concat([known, asked.table[~both]], ignore_index=True)
     # Each person's visits by time, as ``Visits`` has them.
     rows = rows.assign(person=pd.factorize(rows["subject"])[0]).sort_values(["person", "years"], kind="stable", ignore_index=True)
     return replace(own, path=asked.path, table=rows.drop(columns="person"))
@@ -170,7 +181,57 @@ def together(own: Visits, asked: Visits) -> Visits:
 
 def seen_in(own: Visits, asked: Visits) -> NDArray[np.bool_]:
     """Which of a table's visits the run has."""
-    return np.asarray(asked.table.set_index(["subject", "years"]).index.isin(own.table.set_index(["subject", "years"]).index))
+    return places_in(own, asked) >= 0
+
+
+def known_in(own: Visits, columns: Sequence[str]) -> Visits:
+    """The visits of a run at which all columns are known."""
+    return replace(own, table=own.table[own.table[list(columns)].notna().all(axis=1)].reset_index(drop=True))
+
+
+def places_in(own: Visits, asked: Visits) -> NDArray[np.int64]:
+    """Of each visit of a table its row in the run's, −1 where the run has none at that time."""
+    ours = pd.DataFrame({"subject": own.table["subject"], "years": own.table["years"], "there": own.table["years"], "row": np.arange(len(own))})
+    theirs = pd.DataFrame({"subject": asked.table["subject"], "years": asked.table["years"], "order": np.arange(len(asked))})
+    pairs = pd.merge_asof(theirs.sort_values("years"), ours.sort_values("years"), on="years", by="subject", direction="nearest").sort_values("order")
+    same = (pairs["there"] - pairs["years"]).abs() <= _SAME * pairs["years"].abs()
+    return np.where(same, pairs["row"].fillna(-1), -1).astype(np.int64)
+
+
+def with_times_of(own: Visits, asked: Visits) -> Visits:
+    """A table with the run's times of the visits that the run has: the digits that a run keeps are fewer than those of a table in days."""
+    places = places_in(own, asked)
+    years = np.where(places >= 0, own.table["years"].to_numpy()[places], asked.table["years"])
+    return replace(asked, table=asked.table.assign(years=years))
+
+
+def check_beginnings(own: Visits, asked: Visits) -> None:
+    """Raises UnusableInput where a person of the run has a visit before the run's first, from which change is counted."""
+    first = own.baseline["years"].reindex(asked.baseline.index)
+    early = asked.baseline["years"] < first
+    if early.any():
+        subject = early.index[early][0]
+        fault = f"has a visit of {subject} at {asked.baseline['years'][subject]:g} years, before the run's baseline at {first[subject]:g}"
+        raise UnusableInput(asked.path, fault, "leave the visit out, or train a run with it")
+
+
+def check_in_genotypes(path: Path, wanted: Iterable[str], own: Visits, genotypes: Genotypes | None) -> None:
+    """Refuse people of whom nothing can be said, before any work.
+
+    Arguments:
+        path: of the table. wanted: people who are to be predicted. own: visits of the run, by whose people alleles are counted.
+
+    Raises:
+        UnusableInput: naming the first who is not in the genotypes.
+    """
+    if genotypes is None:
+        return
+    there = set(genotypes.identifiers())
+    if absent := [name for name in wanted if name not in there]:
+        raise UnusableInput(path, f"asks for {absent[0]}, who is not in the genotypes", "give genotypes of all, or leave the subject out")
+    if absent := [name for name in own.subjects if name not in there]:
+        fault = f"has no genotypes of {absent[0]}, with whom the run was fitted ({len(absent)} such)"
+        raise UnusableInput(genotypes.path, fault, "give a file with the run's people and the others")
 
 
 def write_run(result: RateResult, components: pd.DataFrame, folder: Path, provenance: Provenance, source: TableSource, page: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probmed.models.longitudinal_field import FieldBasis
 from probmed.tables import Genotypes, Visits
-from probmed.transforms import Affine, Velocity
+from probmed.transforms import Velocity
 from probmed.workflows.growth import Body, Growth, LabelledScan, RegionWeights, with_columns
 from probmed.workflows.longitudinal import RateSettings, fit_rates
 from probmed.workflows.shape_codes import ShapeCodes
@@ -21,8 +21,7 @@ SHARES = ("share", "share_error", "share_low", "share_high", "statistic", "p")
 
 def region_weights(basis: FieldBasis, atlas: LabelledScan) -> RegionWeights:
     """Of the atlas's labels on the basis's lattice."""
-    same = Affine.identity(basis.grid.ndim)
-    return RegionWeights.of(Body(atlas.scan, same, atlas.labels, same, atlas.names), basis.grid)
+    return RegionWeights.of(Body.of_atlas(atlas), basis.grid)
 
 
 def log_volumes(basis: FieldBasis, regions: RegionWeights, coefficients: Tensor) -> Tensor:

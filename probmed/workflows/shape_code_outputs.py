@@ -76,7 +76,7 @@ class CodesRun:
 
     def wanted(self, asked: Visits) -> list[tuple[str, float]]:
         """Subject and years since baseline of what is to be predicted, as ``wanted_forecasts``."""
-        return wanted_forecasts(asked, self.codes.visits, self.scans, self.codes.atlas)
+        return wanted_forecasts(asked, self.codes.visits, self.codes.scanned, self.scans, self.codes.atlas)
 
     def predict(
         self, asked: Visits, registrations: Registrations, genotypes: Genotypes | None = None, **options: Any

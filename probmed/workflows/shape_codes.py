@@ -28,9 +28,9 @@ from probmed.workflows.growth import (
     forecast_from,
     transported_changes,
 )
-from probmed.workflows.growth_outputs import body_of, not_in_genotypes, wanted_forecasts
+from probmed.workflows.growth_outputs import body_of, measurable, tell_of_atlas, wanted_forecasts
 from probmed.workflows.longitudinal import cohort_of, design_of, kernels_of, reference_people
-from probmed.workflows.longitudinal_outputs import together
+from probmed.workflows.longitudinal_outputs import check_in_genotypes, seen_in, together, with_times_of
 
 EQUATION = "z_l ~ GP(Δx xᵀβ_l, Δx Δx' Σ_k τ_lk K_k + noise), c_j ~ N(f_j(z) − f_j(0), σ_j²), scan_t = scan_B ∘ exp(−Σ_j c_j b_j)"
 
@@ -103,6 +103,12 @@ class ShapeCodes:
     log: list[dict[str, float]] = field(default_factory=list)
 
     @property
+    def scanned(self) -> Visits:
+        """Those of the visits with a scan: all baselines, and where there are coefficients."""
+        seen = ~self.visits.table["subject"].duplicated() | ~self.coefficients.isnan().all(1).numpy()
+        return replace(self.visits, table=self.visits.table[seen].reset_index(drop=True))
+
+    @property
     def noise(self) -> Tensor:
         """Standard deviations of coefficients given the codes, ``(J,)`` in units of ``scale``."""
         likelihood = self.model.likelihood
@@ -172,7 +178,7 @@ def predict_scans(
     """Subject and forecast for each visit without a scan that is not a person's first.
 
     Arguments:
-        asked: of people of the run or of others, each person's first visit with a scan; later scans are used too.
+        asked: of people of the run or of others; later scans are used too. Who has no scan at the first visit is predicted on the atlas.
         labels: column with label maps of the baseline scans; the atlas's are carried where there is none.
 
     Raises:
@@ -180,15 +186,16 @@ def predict_scans(
     """
     growth = codes.settings.growth
     scans = growth.rates.scalar
-    wanted = wanted_forecasts(asked, codes.visits, scans, codes.atlas)
+    asked = with_times_of(codes.visits, asked)
+    wanted = wanted_forecasts(asked, codes.visits, codes.scanned, scans, codes.atlas)
+    check_in_genotypes(asked.path, [subject for subject, _ in wanted], codes.visits, genotypes)
+    tell_of_atlas(asked, scans)
     joined = cohort_of(together(codes.visits, asked), growth.rates, genotypes, codes.visits.subjects)
     cohort, _ = described(joined, codes.settings, reference_people(joined, codes.visits.subjects), codes.time_scale)
     drawn = draw_codes(codes, cohort, pad_visits(joined.visits.person, _coefficients(codes, joined.visits, asked, registrations)), draws, seed)
     since = zip(joined.visits.table["subject"], joined.visits.years_since_baseline.tolist(), strict=True)
     place = dict(zip(since, _places(joined.visits.person), strict=True))
     for number, (subject, years) in enumerate(wanted):
-        if (subject, years) not in place:
-            raise not_in_genotypes(asked.path, subject)
         body = body_of(asked, subject, growth, codes.atlas, registrations, labels)
         # What the decoder expects, without the coefficients' own noise: that is of registrations, and the intervals are of the body.
         person, visit = place[subject, years]
@@ -200,12 +207,12 @@ def predict_scans(
 def _coefficients(codes: ShapeCodes, merged: Visits, asked: Visits, registrations: Registrations) -> Tensor:
     """Of all visits of the run's people and others, ``(N, J)``, NaN at baselines and where there is no scan."""
     own = dict(zip(_keys(codes.visits), codes.coefficients, strict=True))
-    later = asked.table["subject"].duplicated() & asked.table[codes.settings.growth.rates.scalar].notna()
-    rows = [row for row, (key, seen) in enumerate(zip(_keys(asked), later, strict=True)) if seen and key not in own]
-    if rows:
-        fields = transported_changes(asked, torch.tensor(rows), codes.settings.growth, codes.atlas, registrations)
+    new = measurable(asked, codes.settings.growth.rates.scalar) & ~seen_in(codes.scanned, asked)
+    if new.any():
+        rows = torch.tensor(new).nonzero()[:, 0]
+        fields = transported_changes(asked, rows, codes.settings.growth, codes.atlas, registrations)
         keys = _keys(asked)
-        own |= dict(zip((keys[row] for row in rows), codes.basis.coefficients(fields) / codes.scale, strict=True))
+        own |= dict(zip((keys[row] for row in rows.tolist()), codes.basis.coefficients(fields) / codes.scale, strict=True))
     none = torch.full((codes.basis.columns,), torch.nan, dtype=torch.float64)
     return torch.stack([own.get(key, none) for key in _keys(merged)])
 
