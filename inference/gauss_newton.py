@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from probmed.fields import GaussianField, dct, idct
-from probmed.inference.laplace import conjugate_gradients, field_preconditioner
+from probmed.inference.laplace import conjugate_gradients, field_preconditioner, with_prior
 
 _SHRINKINGS = 10
 
@@ -119,13 +119,13 @@ def newton_direction(near: Quadratic, prior: GaussianField, field: Tensor, toler
     curvature = float(blocks.diagonal().mean())
     right = (near.gradient - prior.precision_matvec(field - prior.loc))[None]
 
-    def matvec(x: Tensor) -> Tensor:
-        return torch.einsum("de...,be...->bd...", blocks, x) + idct(dct(x, d) * eigenvalues, d)
+    def bound(x: Tensor) -> Tensor:
+        return torch.einsum("de...,be...->bd...", blocks, x)
 
     def precondition(x: Tensor) -> Tensor:
         return idct(dct(x, d) / (eigenvalues + curvature), d)
 
-    return conjugate_gradients(matvec, right, precondition, tolerance, iterations)[0]
+    return conjugate_gradients(with_prior(bound, prior), right, precondition, tolerance, iterations)[0]
 
 
 def field_draws(
@@ -145,11 +145,7 @@ def field_draws(
     """
     like = {"dtype": near.gradient.dtype, "device": near.gradient.device}
     d, eigenvalues = len(prior.grid_shape), prior.eigenvalues
-    precondition = field_preconditioner(near.blocks(), prior)
-
-    def matvec(x: Tensor) -> Tensor:
-        return near.precision(x) + idct(dct(x, d) * eigenvalues, d)
-
+    precondition, matvec = field_preconditioner(near.blocks(), prior), with_prior(near.precision, prior)
     draws = []
     for _ in range(count):  # one at a time: a batch would hold as many images
         eta = torch.randn(1, *near.elements, generator=generator, **like)  # type: ignore[call-overload]

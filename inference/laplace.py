@@ -14,6 +14,7 @@ References: Papandreou & Yuille, NIPS 2010 (perturb and solve); Tierney & Kadane
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,7 +91,46 @@ def laplace_draws(
     return dense_draws.to(scores.dense), solution.unflatten(-1, shape)
 
 
-def field_preconditioner(blocks: Tensor, prior: GaussianField, coarse: int = _COARSE) -> LinearMap:
+@dataclass(frozen=True)
+class FieldPreconditioner:
+    """P near B + Λ, with P = F Fᵀ: exact among the field's lowest DCT coefficients, with the mean of B among the others. Calling it gives P⁻¹ x, of
+    fields ``(batch, d, *shape)``.
+
+    Arguments:
+        root: Cholesky root of the lowest coefficients' block, ``(n, n)`` float64; spectrum: which they are along each axis.
+        others: variance⁻¹ of the other coefficients, ``(*shape)``.
+        axes: of ``shape``.
+        log_det: log |P| − log |Λ|, nats.
+    """
+
+    root: Tensor
+    spectrum: tuple[slice, ...]
+    others: Tensor
+    axes: int
+    log_det: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._through(x, lambda low: torch.cholesky_solve(low, self.root), 1.0)
+
+    def forward_solve(self, x: Tensor) -> Tensor:
+        """F⁻¹ x, fields on either side."""
+        return self._through(x, lambda low: torch.linalg.solve_triangular(self.root, low, upper=False), 0.5)
+
+    def backward_solve(self, x: Tensor) -> Tensor:
+        """F⁻ᵀ x."""
+        return self._through(x, lambda low: torch.linalg.solve_triangular(self.root.mT, low, upper=True), 0.5)
+
+    def _through(self, x: Tensor, solve: LinearMap, power: float) -> Tensor:
+        low: tuple[Any, ...] = (..., *self.spectrum)
+        coefficients = dct(x, self.axes)
+        broad = coefficients[low]
+        solved = solve(broad.flatten(1).double().T).T.reshape(broad.shape)
+        coefficients = coefficients / self.others.to(x) ** power
+        coefficients[low] = solved.to(x)
+        return idct(coefficients, self.axes)
+
+
+def field_preconditioner(blocks: Tensor, prior: GaussianField, coarse: int = _COARSE) -> FieldPreconditioner:
     """(B + Λ)⁻¹, exact among the field's lowest DCT coefficients and with the mean of B among the others, on ``(batch, d, *shape)``.
 
     Where the data say nothing, the broadest directions have a precision of the prior's alone, up to a millionth of what the mean of B would make it:
@@ -110,19 +150,19 @@ def field_preconditioner(blocks: Tensor, prior: GaussianField, coarse: int = _CO
     axes = len(shape)
     dense = dense.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)).flatten(0, axes).flatten(1)
     spectrum = tuple(slice(b.shape[1]) for b in bases)
-    low: tuple[Any, ...] = (..., *spectrum)
-    root = torch.linalg.cholesky(dense + torch.diag(like[spectrum].double().flatten().repeat(d)))
-    others = like + float(blocks.diagonal().mean())
+    lowest = like[spectrum].double()
+    root = torch.linalg.cholesky(dense + torch.diag(lowest.flatten().repeat(d)))
+    mean = float(blocks.diagonal().mean())
+    shrunk = torch.log1p(mean / like.double())
+    shrunk[spectrum] = 0
+    log_det = 2 * root.diagonal().log().sum() - d * lowest.log().sum() + d * shrunk.sum()
+    return FieldPreconditioner(root, spectrum, like + mean, axes, float(log_det))
 
-    def precondition(x: Tensor) -> Tensor:
-        coefficients = dct(x, axes)
-        broad = coefficients[low]
-        solved = torch.cholesky_solve(broad.flatten(1).double().T, root).T.reshape(broad.shape)
-        coefficients = coefficients / others.to(x)
-        coefficients[low] = solved.to(x)
-        return idct(coefficients, axes)
 
-    return precondition
+def with_prior(hessian: LinearMap, prior: GaussianField) -> LinearMap:
+    """H + Λ, on fields ``(batch, d, *shape)``. Λ's spectrum is made once, not at every product."""
+    d, eigenvalues = len(prior.grid_shape), prior.eigenvalues
+    return lambda x: hessian(x) + idct(dct(x, d) * eigenvalues, d)
 
 
 def conjugate_gradients(

@@ -502,6 +502,8 @@ def _pair_numbers(result: RegistrationResult) -> list[tuple[str, str]]:
         numbers.append(("sd of the displacement, root mean square", f"{float(total_sd(result.sd).square().mean().sqrt()):.3g} mm"))
     if result.log_joint is not None:
         numbers.append(("log p(f, v, θ) at the mode, tempered", f"{result.log_joint:.1f} nats"))
+    if result.log_evidence is not None:
+        numbers.append(("log p(f, θ), the velocity integrated out, tempered", f"{result.log_evidence.value:.1f} ± {result.log_evidence.error:.1f} nats"))
     return numbers
 
 

@@ -21,6 +21,7 @@ from probmed.fields import along_axes
 from probmed.grids import Grid, averaged, interpolation_matrices, sample
 from probmed.inference.affine import align_images, mutual_information
 from probmed.inference.amortised import Refinement
+from probmed.inference.evidence import Estimate, log_evidence
 from probmed.inference.gauss_newton import FieldMode, Iteration, ascend_field, field_draws
 from probmed.models.registration import HalfFlow, ImageTerm, LandmarkTerm, Linearised, Term, linearise_both_ways, linearise_terms
 from probmed.priors import SmoothVelocity
@@ -106,6 +107,7 @@ class RegistrationResult:
         information: their mutual information there, nats, which also means something between contrasts.
         landmark_error: mean distance of landmarks at the same stages, mm, where there are some.
         log_joint: of the finest level's data and velocity, tempered, nats; None where no velocity was fitted.
+        log_evidence: of the finest level's data, the velocity integrated out (``Level.log_evidence``); None without draws of it.
         tempering: of the finest level's image; None where no velocity was fitted.
         levels: spacing and iterations of each; converged: of the finest.
         refinement: ELBOs of a network's answer before and after it was refined.
@@ -134,6 +136,7 @@ class RegistrationResult:
     seed: int = 0
     equation: str = EQUATION
     refinement: Refinement | None = None
+    log_evidence: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,8 @@ def register(
     transform: Transform = affine if flow is None else affine @ flow
     samples = [] if answer is None else [v.exp() for v in answer.draws]
     if mode is not None and draws:
-        samples = mode.draws(draws, seed, lambda share: tell("posterior", 0.4 + 0.5 * share))
+        samples = mode.draws(draws, seed, lambda share: tell("posterior", 0.4 + 0.4 * share))
+    evidence = mode.log_evidence(seed) if mode is not None and draws else None
     spread = displacement_sd(samples, affine, f.grid) if len(samples) > 1 else None
     clock.lap("posterior")
 
@@ -256,6 +260,7 @@ def register(
         settings=settings,
         seed=seed,
         refinement=None if answer is None else answer.refinement,
+        log_evidence=evidence,
     )
     clock.lap("results")
     result.seconds = clock.seconds
@@ -397,6 +402,13 @@ class Level:
     def log_joint(self) -> float:
         """log p(f, v, θ) at the mode, nats, the likelihood tempered."""
         return self.mode.near.log_joint + float(self.prior.prior().log_prob(self.mode.field))
+
+    def log_evidence(self, seed: int) -> Estimate:
+        """log p(f, θ) by Laplace's method, nats: log ∫ p(f | v, θ)^τ p(v) dv + log p(θ), θ the similarity's latents at their mode. With a tempering τ
+        below one (or with both images explaining each other) that is the tempered likelihood's, which compares deformations, priors and affine maps
+        of one pair at one τ and level, and no likelihoods."""
+        generator = torch.Generator(self.mode.field.device).manual_seed(seed + 2)
+        return log_evidence(self.mode.near, self.prior.prior(), self.mode.field, generator=generator)
 
     def draws(self, count: int, seed: int, tell: Callable[[float], None] = lambda share: None) -> list[Displacement]:
         """exp(v) for draws of v from the Laplace posterior, each with its inverse."""

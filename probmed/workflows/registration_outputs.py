@@ -59,6 +59,9 @@ _COLUMNS = {
     **{f"information_{stage}": f"mutual information there, nats: {stage}" for stage in _STAGES},
     **{f"landmark_error_{stage}": f"mean distance of the given landmarks, mm: {stage}; elsewhere errors are larger" for stage in _STAGES},
     "log_joint": "of all that was observed and the velocity at the finest level, tempered, nats",
+    "log_evidence": "of all that was observed at the finest level, the velocity integrated out by Laplace's method, nats; of the tempered likelihood: "
+    "compare it at one tempering, level and likelihood",
+    "log_evidence_error": "standard error of the former, nats",
     "tempering": "factor on the finest level's log likelihood of the image, for voxels that are not independent",
     "elbo": "of a network's answer, nats, where it was refined",
     "converged": "whether the finest level did, 1 or 0",
@@ -151,7 +154,7 @@ def write_registration(
 
 
 def summary_table(result: RegistrationResult) -> pd.DataFrame:
-    """One row: similarity by stage, log joint, folding, Jacobian, spread, seconds by stage."""
+    """One row: similarity by stage, log joint and evidence, folding, Jacobian, spread, seconds by stage."""
     values: dict[str, Any] = {
         "moving": result.moving.name,
         "fixed": result.fixed.name,
@@ -160,6 +163,8 @@ def summary_table(result: RegistrationResult) -> pd.DataFrame:
         **{f"information_{stage}": value for stage, value in zip(_STAGES, result.information, strict=True)},
         **{f"landmark_error_{stage}": value for stage, value in zip(_STAGES, result.landmark_error or (None,) * 3, strict=True)},
         "log_joint": result.log_joint,
+        "log_evidence": None if result.log_evidence is None else result.log_evidence.value,
+        "log_evidence_error": None if result.log_evidence is None else result.log_evidence.error,
         "tempering": None if result.tempering is None else f"{result.tempering:.6g}",
         "elbo": None if result.refinement is None else result.refinement.refined,
         "converged": int(result.converged),
