@@ -2,6 +2,7 @@
 
 from probmed.inference.affine import Alignment, align
 from probmed.inference.em import Mode, Round, ascend, em, log_joint
+from probmed.inference.evidence import Estimate, log_evidence
 from probmed.inference.gp_prior import GlobalWeights, accumulated_loss, exact_loss, forecast
 from probmed.inference.gp_prior_smoothed import smoothed_forecast, smoothed_loss
 from probmed.inference.guides import MAP, CompositeGuide, FieldGuide, SpectralNormal, automatic, structured
@@ -15,6 +16,7 @@ __all__ = [
     "MAP",
     "Alignment",
     "CompositeGuide",
+    "Estimate",
     "FieldGuide",
     "Fit",
     "GlobalWeights",
@@ -35,6 +37,7 @@ __all__ = [
     "forecast",
     "infer",
     "laplace_draws",
+    "log_evidence",
     "log_joint",
     "predictive_draws",
     "prior_draws",

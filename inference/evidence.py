@@ -7,8 +7,8 @@ With H the Gauss–Newton Hessian of the log likelihood at the mode v̂ of log p
         - \\tfrac12 \\log \\left| I + \\Lambda^{-1/2} H \\Lambda^{-1/2} \\right|
 
 which is exact where the data are linear in the field and their noise is Gaussian. The normalisers of the prior and of the posterior, hundreds of
-thousands of nats each, never appear by themselves. Of the determinant, a preconditioner P = F Fᵀ has most in closed form; what is left is the trace of
-log F⁻¹ (H + Λ) F⁻ᵀ, from random signs z: E[zᵀ log(A) z], each by Lanczos' quadrature.
+thousands of nats each, never appear by themselves. Of the determinant, a preconditioner P = F Fᵀ has most in closed form; what is left is the trace
+of log F⁻¹ (H + Λ) F⁻ᵀ, from random signs z: E[zᵀ log(A) z], each by Lanczos' quadrature.
 
 References: Tierney & Kadane, JASA 1986; Ubaru, Chen & Saad, SIAM J. Matrix Anal. 2017 (stochastic Lanczos quadrature); Wenger et al., ICML 2022
 (with a preconditioner).
@@ -41,12 +41,12 @@ def log_evidence(
     field: Tensor,
     probes: int = 8,
     generator: torch.Generator | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = 0.5,
     iterations: int = 100,
     **options: int,
 ) -> Estimate:
-    """Laplace's approximation of log ∫ p(data | v) p(v) dv, nats. The likelihood is ``near``'s: tempered, and with whatever else it depends on held where
-    it was maximised, whose log prior is a part of it.
+    """Laplace's approximation of log ∫ p(data | v) p(v) dv, nats. The likelihood is ``near``'s: tempered, and with whatever else it depends on held
+    where it was maximised, whose log prior is a part of it.
 
     Arguments:
         near: the quadratic at the mode; field: the mode, ``(d, *shape)``.
@@ -67,11 +67,14 @@ def log_determinant(
     prior: GaussianField,
     probes: int = 8,
     generator: torch.Generator | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = 0.5,
     iterations: int = 100,
     **options: int,
 ) -> Estimate:
-    """log |I + Λ^-½ H Λ^-½|, nats: twice the logarithm of how much smaller the posterior's volume is than the prior's. Arguments as ``log_evidence``."""
+    """log |I + Λ^-½ H Λ^-½|, nats: twice the logarithm of how much smaller the posterior's volume is than the prior's.
+
+    Arguments as ``log_evidence``.
+    """
     if probes < 2:
         raise ValueError(f"expected two probes or more, got {probes}")
     precision, preconditioner = with_prior(near.precision, prior), field_preconditioner(near.blocks(), prior, **options)
@@ -87,7 +90,7 @@ def log_determinant(
     return Estimate(preconditioner.log_det + float(each.mean()), float(each.std()) / math.sqrt(probes))
 
 
-def log_form(matvec: LinearMap, probe: Tensor, tolerance: float = 0.02, iterations: int = 100) -> float:
+def log_form(matvec: LinearMap, probe: Tensor, tolerance: float = 0.5, iterations: int = 100) -> float:
     """zᵀ log(A) z of a symmetric positive definite A, by Lanczos' quadrature (Golub & Meurant, 2010).
 
     Arguments:

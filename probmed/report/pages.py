@@ -503,7 +503,8 @@ def _pair_numbers(result: RegistrationResult) -> list[tuple[str, str]]:
     if result.log_joint is not None:
         numbers.append(("log p(f, v, θ) at the mode, tempered", f"{result.log_joint:.1f} nats"))
     if result.log_evidence is not None:
-        numbers.append(("log p(f, θ), the velocity integrated out, tempered", f"{result.log_evidence.value:.1f} ± {result.log_evidence.error:.1f} nats"))
+        found = result.log_evidence
+        numbers.append(("log p(f, θ), the velocity integrated out, tempered", f"{found.value:.1f} ± {found.error:.1f} nats"))
     return numbers
 
 

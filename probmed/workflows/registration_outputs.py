@@ -59,8 +59,8 @@ _COLUMNS = {
     **{f"information_{stage}": f"mutual information there, nats: {stage}" for stage in _STAGES},
     **{f"landmark_error_{stage}": f"mean distance of the given landmarks, mm: {stage}; elsewhere errors are larger" for stage in _STAGES},
     "log_joint": "of all that was observed and the velocity at the finest level, tempered, nats",
-    "log_evidence": "of all that was observed at the finest level, the velocity integrated out by Laplace's method, nats; of the tempered likelihood: "
-    "compare it at one tempering, level and likelihood",
+    "log_evidence": "of all that was observed at the finest level, the velocity integrated out by Laplace's method, nats; of the tempered "
+    "likelihood, so that it compares priors and affine maps at one tempering and level",
     "log_evidence_error": "standard error of the former, nats",
     "tempering": "factor on the finest level's log likelihood of the image, for voxels that are not independent",
     "elbo": "of a network's answer, nats, where it was refined",
