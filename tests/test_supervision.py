@@ -22,7 +22,7 @@ from probmed.cli import app
 from probmed.field_priors import FlowPrior, SmoothField
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
-from probmed.metrics import dice
+from probmed.metrics import dice, negative_log_likelihood
 from probmed.models.one_shot import TransformedScan
 from probmed.models.segmentation import Segmentation
 from probmed.priors import AffinePrior, DeformableAtlas
@@ -549,9 +549,88 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
     latent = ("--network", "probabilistic-unet", "--adversary", "0.05", "--mixed-precision")
     said(*options, "-o", str(drawn), *latent, "--names", str(tmp_path / "names.json"))
     for run in (dropped, drawn):
-        said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(run), "--draws", "4", "-o", str(tmp_path / run.name / "out"))
+        asked = ("segment", str(tmp_path / "s0.nii.gz"), "--model", str(run), "--draws", "4", "-o", str(tmp_path / run.name / "out"))
+        for _ in range(2):  # what a run has written the next one may replace
+            said(*asked)
         volumes = pd.read_csv(tmp_path / run.name / "out" / "s0_volumes.tsv", sep="\t")
         assert (volumes["q025"] < volumes["q975"]).all()
+
+
+def test_entropy_is_that_of_the_mean_of_several_answers_on_the_scan_s_own_voxels(tmp_path: Path) -> None:
+    """Nats; of an ensemble, on a grid that is neither the networks' nor upright."""
+    runs = []
+    for seed in (0, 1):
+        trained = TrainedSegmenter.build(GRID, SegmenterSettings("fcn"), (0, 7, 14), seed=seed)
+        runs.append(tmp_path / f"run{seed}")
+        runs[-1].mkdir()
+        trained.save(runs[-1])
+    turn = torch.tensor([[0.0, -1.5, 0.0, 3.0], [2.0, 0.0, 0.0, -8.0], [0.0, 0.0, 1.0, 5.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    grid = Grid((21, 26), turn[[0, 1, 3]][:, [0, 1, 3]])
+    scan = Volume.from_grid(torch.rand(grid.shape, generator=torch.Generator().manual_seed(0)), grid)
+    write_scan(tmp_path / "scan.nii.gz", scan.data, scan)
+    (tmp_path / "out").mkdir()
+    for old in ("scan_label-old_probseg.nii.gz", "scan_label-other_probseg.nii.gz"):
+        write_scan(tmp_path / "out" / old, scan.data, scan)
+    (tmp_path / "out" / "scan_label-old_probseg.json").write_text('{"GeneratedBy": [{"Name": "probmed"}]}')
+    said("segment", str(tmp_path / "scan.nii.gz"), *(word for run in runs for word in ("--model", str(run))), "-o", str(tmp_path / "out"))
+    written = read_scan(tmp_path / "scan.nii.gz")
+    p = torch.stack([TrainedSegmenter.load(run).probabilities(written) for run in runs]).mean(0)
+    found = read_scan(tmp_path / "out" / "scan_desc-entropy.nii.gz")
+    assert found.shape == grid.shape and torch.equal(found.grid.affine, written.grid.affine)
+    torch.testing.assert_close(found.data, -(p * p.log()).sum(0), atol=1e-5, rtol=1e-4)
+    described = json.loads((tmp_path / "out" / "scan_desc-entropy.json").read_text())
+    assert described["Units"] == "nats" and described["Answers"] == 2
+    for code, name in ((1, "7"), (2, "14")):
+        shares = read_scan(tmp_path / "out" / f"scan_label-{name}_probseg.nii.gz").data
+        torch.testing.assert_close(shares, p[code], atol=1e-5, rtol=1e-4)
+    # An earlier probmed run's probabilities of labels that are no more go, and nobody else's do.
+    assert not list((tmp_path / "out").glob("scan_label-old_*")) and (tmp_path / "out" / "scan_label-other_probseg.nii.gz").exists()
+
+
+def test_an_ensemble_is_surer_of_the_truth_than_its_members_are_on_the_mean() -> None:
+    """By Jensen's inequality, −log of the mean probability is at most the mean of −log p; equal only where members agree."""
+    data = cohort(4)
+    members = []
+    for seed in (0, 1, 2):
+        trained = TrainedSegmenter.build(GRID, SegmenterSettings("fcn"), data.codes, seed=seed)
+        train_segmenter(trained, labelled(data.images, data.labels, GRID, 2), TrainingSettings(15, 1e-2, seed=seed, every=15))
+        members.append(trained)
+    image, labels = disc(40)
+    volume = Volume.from_grid(image, GRID)
+    answers = torch.stack([member.probabilities(volume) for member in members])
+    together = Labelled(volume, {1: "ring", 2: "core"}, answers)
+    each = [negative_log_likelihood(p, labels) for p in answers]
+    assert negative_log_likelihood(together.probabilities, labels) < sum(each) / 3 - 1e-3
+    assert torch.equal(together.labels, answers.mean(0).argmax(0))
+    assert bool((together.entropy + 1e-6 >= torch.stack([torch.special.entr(p).sum(0) for p in answers]).mean(0)).all())
+    volumes = together.volumes.set_index("name")
+    spread = answers[:, 1].double().sum((1, 2)) * 4e-3
+    assert volumes.loc["ring", "volume_ml"] == pytest.approx(float(spread.mean()), rel=1e-5)
+    assert volumes.loc["ring", "sd_ml"] >= 0.9 * float(spread.std(correction=0))
+
+
+def test_a_temperature_makes_labels_more_probable_and_changes_none() -> None:
+    """Of scans some of whose labels are wrong, as no training scan's were."""
+    trained, held, generator = trained_on_discs(), cohort(6, 60), torch.Generator().manual_seed(0)
+    wrong = torch.rand(held.labels.shape, generator=generator) < 0.05
+    noisy = replace(held, labels=torch.where(wrong, torch.randint(3, held.labels.shape, generator=generator), held.labels))
+    volume = Volume.from_grid(noisy.images[0, 0], GRID)
+    trained.temperature = 1.0
+    before = trained.probabilities(volume)
+
+    def nats() -> float:
+        with torch.no_grad():
+            return float(functional.cross_entropy(trained.logits(noisy.images) / trained.temperature, noisy.labels))
+
+    plain = nats()
+    assert trained.calibrate(noisy) > 1.05
+    assert nats() < plain - 1e-3
+    after = trained.probabilities(volume)
+    assert torch.equal(before.argmax(0), after.argmax(0)) and float(after.max(0).values.mean()) < float(before.max(0).values.mean())
+    best, lowest = trained.temperature, nats()
+    for factor in (0.97, 1.03):
+        trained.temperature = factor * best
+        assert nats() > lowest
 
 
 def test_volumes_vary_with_draws_and_with_the_labels_that_a_draw_leaves_open() -> None:

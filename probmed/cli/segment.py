@@ -28,7 +28,7 @@ from probmed.models import ZOO
 from probmed.report import network_page, segmentation_page
 from probmed.volumes import UnusableInput, bids_stem, read_scan
 from probmed.workflows import segmentation
-from probmed.workflows.outputs import check_outputs, output_names, write_segmentation
+from probmed.workflows.outputs import check_outputs, output_names, with_sidecars, write_segmentation
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult
 from probmed.workflows.supervision_outputs import Labelled, network_names, write_network_segmentation
@@ -108,7 +108,8 @@ def segment(
 
     Of sub-01_T1w.nii.gz it writes, all or nothing: sub-01_T1w_dseg.nii.gz (labels), _label-GM_probseg and so
     on (posteriors), _desc-entropy, _desc-bias, _desc-corrected, warps to the atlas and back (for ITK, ANTs),
-    _volumes.tsv with 50, 80 and 95 % intervals, a JSON file beside each, and _report.html.
+    _volumes.tsv with 50, 80 and 95 % intervals, a JSON file beside each, and _report.html. Networks and shapes
+    (--model) give the same but for field, corrected scan and warps.
 
     [bold]Examples[/bold]
 
@@ -206,7 +207,7 @@ def _by_networks(subject: Subject, request: Request, label: str) -> str:
     if len(subject.channels) > 1:
         raise UnusableInput(subject.name, "has several channels, and networks take one", "give one scan a subject")
     names = request.networks[0].names
-    check_outputs(request.out, network_names(subject.stem, list(names.values())).values(), subject.stem, request.protect)
+    check_outputs(request.out, with_sidecars(network_names(subject.stem, list(names.values()))), subject.stem, request.protect)
     with progress.collected_warnings([subject.name]) as lines, progress.progress_bar(label, request.quiet) as tell:
         scan = read_scan(subject.channels[0])
         found, errors = [], []

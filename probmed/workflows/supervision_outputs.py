@@ -1,12 +1,13 @@
 """A scan that a network has segmented, as files: BIDS derivatives, all of them or none.
 
-Of ``sub-01_T1w.nii.gz``: ``_dseg.nii.gz`` with ``_dseg.tsv``, ``_label-X_probseg.nii.gz`` for each label, ``_volumes.tsv``, a ``.json`` beside each,
-and ``_report.html``. Volumes are sums of probabilities. Their intervals are of their errors on validation scans, where networks know them; else of
-passes with dropout, draws, or several networks, where there are any.
+Of ``sub-01_T1w.nii.gz``: ``_dseg.nii.gz`` with ``_dseg.tsv``, ``_label-X_probseg.nii.gz`` for each label, ``_desc-entropy.nii.gz``,
+``_volumes.tsv``, a ``.json`` beside each, and ``_report.html``. Volumes are sums of probabilities. Their intervals are of their errors on
+validation scans, where networks know them; else of passes with dropout, draws, or several networks, where there are any.
 """
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from probmed.workflows.outputs import (
     check_outputs,
     described_table,
     entity,
+    remove_stale,
     staged,
     table_text,
     with_sidecars,
@@ -62,7 +64,7 @@ class Labelled:
 
     @property
     def entropy(self) -> Tensor:
-        """Of each voxel, nats."""
+        """Of each voxel's mean probabilities, nats: what each answer leaves open, and how far the answers differ."""
         return torch.special.entr(self.probabilities).sum(0)
 
     @cached_property
@@ -86,7 +88,7 @@ def network_names(stem: str, labels: Sequence[str]) -> dict[str, str]:
     """Names of all files of a scan: what it is → name."""
     names = {"dseg": f"{stem}_dseg.nii.gz", "labels": f"{stem}_dseg.tsv"}
     names |= {f"probability {label}": f"{stem}_label-{entity(label, labels)}_probseg.nii.gz" for label in labels}
-    return names | {"volumes": f"{stem}_volumes.tsv", "report": f"{stem}_report.html"}
+    return names | {"entropy": f"{stem}_desc-entropy.nii.gz", "volumes": f"{stem}_volumes.tsv", "report": f"{stem}_report.html"}
 
 
 def write_network_segmentation(
@@ -102,9 +104,11 @@ def write_network_segmentation(
     """
     names, scan = result.names, result.scan
     files = network_names(stem, list(names.values()))
-    check_outputs(folder, with_sidecars(files), stem, protect)
+    every = with_sidecars(files)
+    check_outputs(folder, every, stem, protect)
     described: dict[str, dict[str, Any]] = {
         "dseg": {"Description": "The likeliest label of each voxel.", "Labels": {name: code for code, name in names.items()}},
+        "entropy": {"Description": "Entropy of the mean of all passes, draws and networks.", "Units": "nats", "Answers": len(result.answers)},
         "volumes": described_table("Volumes, and their quantiles by errors on validation scans, or over passes, draws or networks.", VOLUME_COLUMNS),
     }
     with staged(folder, stem) as stage:
@@ -112,8 +116,10 @@ def write_network_segmentation(
         for name, p in zip(names.values(), result.probabilities[1:], strict=True):
             write_scan(stage / files[f"probability {name}"], p, scan)
             described[f"probability {name}"] = {"Description": f"Probability of {name}."}
+        write_scan(stage / files["entropy"], result.entropy, scan)
         rows = pd.DataFrame({"index": list(names), "name": list(names.values())})
         (stage / files["labels"]).write_text(rows.to_csv(sep="\t", index=False, lineterminator="\n"), encoding="utf-8")
         (stage / files["volumes"]).write_text(table_text(result.volumes[list(VOLUME_COLUMNS)]), encoding="utf-8")
         (stage / files["report"]).write_text(page, encoding="utf-8")
         write_sidecars(stage, files, described, provenance)
+    remove_stale(folder, f"{glob.escape(stem)}_label-*_probseg.*", every)
