@@ -20,6 +20,9 @@ _COLUMNS = {
     "index": "label in the map",
     "label": "its name",
     "volume_ml": "voxels of it, ml",
+    "expected_ml": "expected volume, ml, as the segmentation's table has it",
+    "q025": "2.5 % quantile of the volume, ml; to q975 the 95 % interval",
+    "q975": "97.5 % quantile of the volume, ml",
     "dice": "overlap with the truth",
     "hd95_mm": "95 % Hausdorff distance to the truth, mm",
     "volume_error": "volume over the truth's less one, per cent",
@@ -38,7 +41,8 @@ def compare(
 ) -> None:
     """Compare segmentations of a scan: pictures, volumes, overlap with each other and with a truth.
 
-    Of sub-01_T1w.nii.gz it writes sub-01_T1w_desc-comparison.html and .tsv, with a JSON file.
+    Of sub-01_T1w.nii.gz it writes sub-01_T1w_desc-comparison.html and .tsv, with a JSON file. Where X_volumes.tsv stands
+    beside X_dseg.nii.gz, as `probmed segment` and `register` write them, volumes have intervals.
 
     [bold]Example[/bold]
 

@@ -43,6 +43,17 @@ _TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+_COMPARED = {
+    "label": "label",
+    "segmentation": "segmentation",
+    "volume_ml": "volume, ml",
+    "expected_ml": "expected, ml",
+    "q025": "95 %, ml",
+    "dice": "Dice",
+    "hd95_mm": "HD95, mm",
+    "volume_error": "volume error, %",
+}
+"""Columns of ``Comparison.volumes`` that a page shows, and their heads."""
 _SCORE_WORDS = ((0.6, "good"), (0.3, "fair"), (0.0, "poor"))
 _SYMBOLS = (
     ("I", "the scan"),
@@ -424,7 +435,7 @@ def comparison_page(comparison: Comparison, volumes: pd.DataFrame, provenance: P
     Arguments:
         volumes: ``comparison.volumes()``. title: the scan's name.
     """
-    agreement = comparison.agreement()
+    agreement, shown = comparison.agreement(), [name for name in _COMPARED if name in volumes]
     shape = " × ".join(str(n) for n in comparison.scan.shape)
     return _TEMPLATES.get_template("comparison.html").render(
         title=title,
@@ -433,12 +444,19 @@ def comparison_page(comparison: Comparison, volumes: pd.DataFrame, provenance: P
         colours=comparison_figures.colours_of(comparison),
         images=_image(comparison_figures.side_by_side(comparison), "the scan and its segmentations"),
         truth=comparison.truth is not None,
-        columns=[name.replace("_", " ") for name in volumes.columns],
-        rows=[[value if isinstance(value, str) else _figures(value, 4) for value in row] for row in volumes.itertuples(index=False)],
+        volumes=_image(comparison_figures.volumes(comparison), "volumes of each segmentation"),
+        intervals=bool(comparison.expected),
+        columns=[_COMPARED[name] for name in shown],
+        rows=[[_compared(name, row) for name in shown] for row in volumes.sort_values("index", kind="stable").to_dict("records")],
         names=list(agreement.columns),
         agreement=[(name, [f"{value:.3f}" for value in row]) for name, row in zip(agreement.index, agreement.to_numpy(), strict=True)],
         provenance=provenance,
     )
+
+
+def _compared(name: str, row: Mapping[Any, Any]) -> str:
+    value = row[name]
+    return _between(row, "q025", "q975") if name == "q025" else value if isinstance(value, str) else _figures(value, 4)
 
 
 def _checks(result: RateResult, tell: Callable[[float], None]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from probmed.report.planes import Array, Plane
 
 WIDTH = 9.6  # inches
 _DPI = 100
+_CHARACTERS = 11  # of a title an inch
 
 
 def png(figure: Figure) -> bytes:
@@ -73,8 +75,10 @@ def panels(
                 figure.add_axes((x / WIDTH, (y + 0.1 * tall) / total, 0.12 / WIDTH, 0.8 * tall / total))
             )
         middle = (y + tall / 2) / total
+        lines = textwrap.wrap(titles[row], max(6, int(_CHARACTERS * tall)), max_lines=2, placeholder=" …")
+        size = 10 if len(lines) < 2 else 8
         figure.text(
-            0.1 / WIDTH, middle, titles[row], rotation=90, va="center", ha="center", color=INK, fontsize=10
+            0.1 / WIDTH, middle, "\n".join(lines), rotation=90, va="center", ha="center", color=INK, fontsize=size
         )
         grid.append(line)
     return figure, grid
