@@ -31,8 +31,10 @@ from probmed.inference.parameters import seeded
 from probmed.priors import SmoothVelocity
 from probmed.transforms import Affine, Displacement, Transform, Velocity, warp
 from probmed.volumes import Volume, read_labels, read_scan, scaled
-from probmed.workflows.amortisation import TrainedRegistration, answer
-from probmed.workflows.registration import MANY_ITERATIONS, Level, Pair, RegistrationSettings, climb, prior_scales, register
+from probmed.workflows.amortisation import answer
+from probmed.workflows.registration import RegistrationSettings, register
+from probmed.workflows.registration_fit import MANY_ITERATIONS, Level, Pair, climb, prior_scales
+from probmed.workflows.registration_networks import TrainedRegistration
 
 PAIRS = 24
 REAL_PAIRS = 40

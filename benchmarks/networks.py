@@ -23,8 +23,9 @@ from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings, train
 from probmed.transforms import Composition, Displacement
 from probmed.volumes import Volume, atomic_write, read_scan
-from probmed.workflows.amortisation import NetworkSettings, brought, random_pairs, read_cohort, train_registration
+from probmed.workflows.amortisation import brought, random_pairs, read_cohort, train_registration
 from probmed.workflows.cohorts import common_grid, own_world
+from probmed.workflows.registration_networks import NetworkSettings
 
 FEATURES = ((16, 32, 32, 32), (32, 32, 32, 16))  # of the U-Net's way down and up, as published
 MULTIPLE = 2 ** len(FEATURES[0])  # of the sides that it can halve and double

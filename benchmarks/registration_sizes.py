@@ -37,8 +37,9 @@ from probmed.priors import SmoothVelocity
 from probmed.simulation import simulate_subject
 from probmed.transforms import Affine, Velocity, warp
 from probmed.volumes import Volume, read_scan, write_scan
-from probmed.workflows.amortisation import Cohort, NetworkSettings, TrainedRegistration, brought
+from probmed.workflows.amortisation import Cohort, brought, training_loss
 from probmed.workflows.registration import register
+from probmed.workflows.registration_networks import NetworkSettings, TrainedRegistration
 
 SIZES = (64, 96, 128, 192, 256)
 FIELD_MM = 240.0  # side of the cube
@@ -162,7 +163,7 @@ def our_steps(images: Tensor, grid: Grid, seed: int) -> Steps:
     trained.model.to(images.device)
     trained.guide.to(images.device)
     cohort = Cohort(images, torch.full((2, *grid.shape), -1), ("moving", "fixed"), (0,))
-    loss, optimiser = trained.loss(cohort), torch.optim.Adam(trained.guide.parameters(), 1e-3)
+    loss, optimiser = training_loss(trained, cohort), torch.optim.Adam(trained.guide.parameters(), 1e-3)
     batch = torch.tensor([0]), torch.tensor([1])
 
     def infer() -> object:

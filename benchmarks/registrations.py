@@ -66,8 +66,8 @@ def affine() -> Method:
 
 def amortised(run: str, refine: int = 0) -> Method:
     """A network of `probmed train registration`, by its folder."""
-    amortisation = importlib.import_module("probmed.workflows.amortisation")
-    trained = amortisation.TrainedRegistration.load(Path(run))
+    amortisation, networks = (importlib.import_module(f"probmed.workflows.{name}") for name in ("amortisation", "registration_networks"))
+    trained = networks.TrainedRegistration.load(Path(run))
 
     def method(moving: Path, fixed: Path) -> Outcome:
         images = read_scan(moving), read_scan(fixed)

@@ -134,7 +134,7 @@ class RegistrationGuide(PyroModule):
         q(v \\mid m, f) = N(\\mu(m, f), \\; \\mathrm{diag}(a) \\, C \\, \\mathrm{diag}(s^2) \\, C^T \\mathrm{diag}(a))
 
     with a from the network and s either constant (``diagonal``, independent voxels, as published) or the prior's spectrum less what a typical image
-    tells, (Λ + h)^-½ with h learned from a start (``smooth``). The similarity's latents are at their best given v (a point mass).
+    tells, (Λ + h)^-½ with h learned from a start (``smooth``). The likelihoods' latents are at their best given v (a point mass).
 
     Arguments:
         model: its deformation is a ``SmoothVelocity``.
@@ -153,7 +153,8 @@ class RegistrationGuide(PyroModule):
             raise ValueError(f'expected a posterior "smooth" or "diagonal", got {posterior!r}')
         if not isinstance(model.deformation, SmoothVelocity):
             raise ValueError(f"expected a model whose deformation is a SmoothVelocity, got a {type(model.deformation).__name__}")
-        self.similarity, self.deformation, self.network, self.posterior = model.similarity, model.deformation, network, posterior
+        self.deformation, self.similarity, self.labels = model.deformation, model.similarity, model.labels
+        self.network, self.posterior = network, posterior
         self.log_curvature = nn.Parameter(torch.tensor(math.log(curvature))) if posterior == "smooth" else None
 
     def distribution(self, moving: Tensor, fixed: Tensor) -> ModulatedField:
@@ -167,25 +168,52 @@ class RegistrationGuide(PyroModule):
             spectrum = (eigenvalues + self.log_curvature.exp()).rsqrt()
         return ModulatedField(loc, spread.exp(), spectrum, self.deformation.grid.ndim)
 
-    def forward(self, moving: Tensor, moving_grid: Grid, grid: Grid, fixed: Tensor) -> dict[str, Tensor]:
-        """As the model: one pair, or ``(B, C, *shape)`` in a plate of B pairs."""
+    def forward(
+        self,
+        moving: Tensor,
+        moving_grid: Grid,
+        grid: Grid,
+        fixed: Tensor,
+        *,
+        moving_labels: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """As the model: one pair, or ``(B, C, *shape)`` in a plate of B pairs. Of pairs without labels all of them are NaN."""
         single = moving.ndim == grid.ndim + 1
         here = moving if moving_grid == grid else resample(moving, moving_grid, grid, fill=math.nan)
-        here, fixed = (here[None], fixed[None]) if single else (here, fixed)
-        q = self.distribution(here, fixed)
+        q = self.distribution(*((here[None], fixed[None]) if single else (here, fixed)))
         velocity: Tensor = pyro.sample("velocity", _member(q) if single else q)
-        state = {"velocity": velocity}
-        with torch.no_grad():
-            moved = carried(moving, moving_grid, self.deformation.evaluate(velocity), grid)
-            latents = self._latents(moved[None] if single else moved, fixed)
-        for name, value in latents.items():
-            state[name] = pyro.sample(name, Delta(value[0] if single else value, event_dim=value.ndim - 1))
-        return state
+        return {"velocity": velocity} | self.beside(velocity, moving, moving_grid, grid, fixed, moving_labels, labels)
 
-    def _latents(self, moved: Tensor, fixed: Tensor) -> dict[str, Tensor]:
-        """The similarity's, pair by pair."""
-        each = [self.similarity.start(m, f) for m, f in zip(moved, fixed, strict=True)]
-        return {name: torch.stack([latents[name] for latents in each]) for name in each[0]}
+    def beside(
+        self,
+        velocity: Tensor,
+        moving: Tensor,
+        moving_grid: Grid,
+        grid: Grid,
+        fixed: Tensor,
+        moving_labels: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Sample the likelihoods' latents, at their best given v. The network is not asked."""
+        found: dict[str, Tensor] = {}
+        with torch.no_grad():
+            transform, batch = self.deformation.evaluate(velocity), moving.ndim - grid.ndim - 1
+            for likelihood, image, seen in ((self.similarity, moving, fixed), (self.labels, moving_labels, labels)):
+                if likelihood is None or image is None or seen is None or not likelihood.prior(image):
+                    continue
+                moved = carried(image, moving_grid, transform, grid)
+                if not batch:
+                    found |= _at_best(likelihood, moved, seen)
+                    continue
+                each = [_at_best(likelihood, m, f) for m, f in zip(moved, seen, strict=True)]
+                found |= {name: torch.stack([latents[name] for latents in each]) for name in each[0]}
+        return {name: pyro.sample(name, Delta(value, event_dim=value.ndim - batch)) for name, value in found.items()}
+
+
+def _at_best(likelihood: Similarity, moved: Tensor, fixed: Tensor) -> dict[str, Tensor]:
+    """Latents of one pair's likelihood, improved once from its start."""
+    return likelihood.update(moved, fixed, likelihood.start(moved, fixed))
 
 
 def _member(q: ModulatedField) -> ModulatedField:

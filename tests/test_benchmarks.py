@@ -25,8 +25,8 @@ from probmed.report.panels import blank_figure
 from probmed.simulation import simulate_subject
 from probmed.transforms import Affine, Displacement
 from probmed.volumes import Volume, write_scan
-from probmed.workflows.amortisation import NetworkSettings, TrainedRegistration
 from probmed.workflows.cohorts import own_world
+from probmed.workflows.registration_networks import NetworkSettings, TrainedRegistration
 
 # The benchmarks are in the repository and not in the wheel: without a checkout there is nothing to test.
 pytest.importorskip("benchmarks")

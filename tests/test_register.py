@@ -25,9 +25,9 @@ from probmed.transforms import Affine, Displacement, warp
 from probmed.volumes import Volume, read_labels, read_scan
 from probmed.warps import read_affine, read_warp
 from probmed.workflows import registration
-from probmed.workflows.amortisation import NetworkSettings, TrainedRegistration
 from probmed.workflows.propagation import called, label_shares
 from probmed.workflows.registration import information, overlap, places
+from probmed.workflows.registration_networks import NetworkSettings, TrainedRegistration
 
 nib: Any = nibabel  # its classes are partly untyped
 Array = NDArray[Any]
@@ -316,6 +316,27 @@ def test_a_mask_says_what_is_matched(workplace: Path) -> None:
     assert error[1] < 0.8 * error[0]
 
 
+def test_a_mask_of_the_moving_image_says_what_may_explain(workplace: Path) -> None:
+    """What lies where the mask is 0 may change places: the warp is the same, and it is carried all the same."""
+    values, inside = nib.load("m.nii.gz").get_fdata().astype(np.float32), np.ones(MOVING_SHAPE, bool)
+    inside[:9, :, 6:] = False
+    save(inside.astype(np.uint8), MOVING_AFFINE, "mask.nii.gz")
+    warps, moved = [], []
+    for seed in (None, 0):
+        if seed is not None:
+            values[~inside] = np.random.default_rng(seed).permutation(values[~inside])
+            save(values, MOVING_AFFINE, "m.nii.gz")
+        for options in ((), ("--moving-mask", "mask.nii.gz")):
+            assert call("register", "m.nii.gz", "f.nii.gz", "-o", "out", "--draws", "0", "--affine", "none", *options).exit_code == 0
+            warps.append(read_warp(workplace / f"out/m_{XFM}_xfm.nii.gz").field)
+            moved.append(nib.load("out/m_desc-moved.nii.gz").get_fdata())
+    torch.testing.assert_close(warps[1], warps[3], atol=1e-3, rtol=0)  # but for how the image's unit is rounded
+    assert all((warps[0] - warps[n]).abs().max() > 0.3 for n in (1, 2))
+    assert not np.allclose(moved[1], moved[3]) and (moved[1] > 0).mean() > 0.9
+    record = json.loads((workplace / "out/m_registration.json").read_text())
+    assert [source["File"] for source in record["Sources"]] == ["m.nii.gz", "f.nii.gz", "mask.nii.gz"]
+
+
 def test_images_that_headers_place_apart_come_together_on_request(workplace: Path) -> None:
     far = MOVING_AFFINE.copy()
     far[:3, 3] += 400
@@ -336,6 +357,13 @@ def test_a_network_s_answer(workplace: Path) -> None:
     assert result.exit_code == 0, result.output
     row = pd.read_csv("out/m2_registration.tsv", sep="\t").iloc[0]
     assert math.isfinite(row["elbo"]) and math.isnan(row["log_joint"]) and row["seconds_network"] > 0
+    assert row["gap"] == pytest.approx(row["elbo"] - row["elbo_network"], abs=1e-3) and row["gap_error"] > 0
+    assert "refined by" in result.stdout
+    assert {"elbo_network", "gap", "gap_error"} <= set(json.loads((workplace / "out/m2_registration.json").read_text()))
+    # Without refinement, the bound of the network's answer is there alone; it is estimated by the same draws.
+    assert call("register", "m2.nii.gz", "f2.nii.gz", "-o", "plain", "--model", "run").exit_code == 0
+    plain = pd.read_csv("plain/m2_registration.tsv", sep="\t").iloc[0]
+    assert plain["elbo_network"] == pytest.approx(row["elbo_network"], rel=1e-4) and math.isnan(plain["gap"])
     assert (nib.load("out/m2_desc-sd.nii.gz").get_fdata() > 0).all()
     assert (workplace / f"out/m2_{XFM}_desc-draw001_xfm.nii.gz").exists()
 
@@ -350,8 +378,38 @@ def test_a_network_without_a_posterior_gives_no_draws(workplace: Path) -> None:
     result = call(*images, "-o", "out")
     assert result.exit_code == 0 and "no standard deviation" in result.stderr
     assert not list((workplace / "out").glob("*_desc-sd*"))
+    assert math.isnan(pd.read_csv("out/m2_registration.tsv", sep="\t")["elbo_network"][0])
     assert call(*images, "-o", "out", "--refine", "2", "--draws", "2").exit_code == 0
     assert (workplace / "out/m2_desc-sd.nii.gz").exists()
+
+
+@pytest.mark.parametrize("image", ["fixed", "moving"])
+def test_a_network_sees_nothing_of_what_is_masked(image: str, workplace: Path) -> None:
+    """Values that change places where the mask is 0 change neither answer nor ELBO."""
+    write_slices(workplace)
+    (workplace / "run").mkdir()
+    trained = TrainedRegistration.build(Grid.from_spacing((40, 40), (1.0, 0.8)), NetworkSettings(features=(4, 4, 4, 4, 4, 4)))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(trained.guide.network.head.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+    trained.save(workplace / "run")
+    name, option = {"fixed": ("f2.nii.gz", "--mask"), "moving": ("m2.nii.gz", "--moving-mask")}[image]
+    before = nib.load(name)
+    values, inside = before.get_fdata().astype(np.float32), np.ones((40, 40), bool)
+    inside[24:, 10:30] = False
+    save(inside.astype(np.uint8), before.affine, "mask.nii.gz")
+    found = []
+    shuffled = values.copy()
+    shuffled[~inside] = np.random.default_rng(0).permutation(values[~inside])
+    for out, changed in (("a", values), ("b", shuffled)):
+        save(changed, before.affine, name)
+        for options in ((), (option, "mask.nii.gz")):
+            result = call("register", "m2.nii.gz", "f2.nii.gz", "-o", f"{out}{len(options)}", "--model", "run", "--draws", "0", *options)
+            assert result.exit_code == 0, result.output
+        found.append([pd.read_csv(f"{out}{n}/m2_registration.tsv", sep="\t")["elbo_network"][0] for n in (0, 2)])
+        found[-1].append(read_warp(workplace / f"{out}2/m2_{XFM}_xfm.nii.gz").field)
+    (whole, masked, field), (other, again, second) = found
+    assert whole != other and masked == again and masked != whole
+    assert torch.equal(field, second) and field.abs().max() > 0.01
 
 
 def unbent(points: Array) -> Array:
@@ -491,6 +549,12 @@ def shifted_labels() -> None:
     save(nib.load("regions.nii.gz").get_fdata().astype(np.uint8), affine, "regions.nii.gz")
 
 
+def constant_inside() -> None:
+    inside = np.indices(MOVING_SHAPE)[0] < 9
+    save(inside.astype(np.float32), MOVING_AFFINE, "m.nii.gz")
+    save(inside.astype(np.uint8), MOVING_AFFINE, "mask.nii.gz")
+
+
 FAULTS: dict[str, tuple[Callable[[], object], tuple[str, ...], tuple[str, ...]]] = {
     "missing": (lambda: Path("m.nii.gz").unlink(), (), ("m.nii.gz: does not exist", "check the path")),
     "missing fixed": (lambda: Path("f.nii.gz").unlink(), (), ("f.nii.gz: does not exist",)),
@@ -572,6 +636,30 @@ FAULTS: dict[str, tuple[Callable[[], object], tuple[str, ...], tuple[str, ...]]]
     "matched labels of another grid": (
         lambda: None, ("--match-labels", "regions.nii.gz", "regions.nii.gz"), ("regions.nii.gz: is on another grid than f.nii.gz",)
     ),
+    "empty moving mask": (
+        lambda: save(np.zeros(MOVING_SHAPE, np.uint8), MOVING_AFFINE, "mask.nii.gz"),
+        ("--moving-mask", "mask.nii.gz"),
+        ("mask.nii.gz: is empty",),
+    ),
+    "moving mask on another grid": (
+        lambda: save(np.ones(FIXED_SHAPE, np.uint8), FIXED_AFFINE, "mask.nii.gz"),
+        ("--moving-mask", "mask.nii.gz"),
+        ("mask.nii.gz: is on another grid than m.nii.gz",),
+    ),
+    "constant inside the mask": (
+        constant_inside,
+        ("--moving-mask", "mask.nii.gz"),
+        ("m.nii.gz: is constant inside mask.nii.gz",),
+    ),
+    **{
+        f"{option} with a network": (
+            lambda: None, (option, *values, "--model", "run"), (f"{option}: is for a fit, in whose place --model has a network", "leave out")
+        )
+        for option, *values in (
+            ("--similarity", "correlation"), ("--affine", "6"), ("--no-deformation",), ("--symmetric",), ("--apart",),
+            ("--landmarks", "p.tsv"), ("--landmark-sd", "1"), ("--match-labels", "a.nii", "b.nii"),
+        )
+    },
     "refined nothing": (lambda: None, ("--refine", "5"), ("--refine 5", "--model")),
     "out is a file": (lambda: Path("out").write_text("x"), (), ("out: is a file, not a folder",)),
 }  # fmt: skip

@@ -37,15 +37,8 @@ from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LabelAgreement, Landmarks, LocalCorrelation, Similarity, StudentNoise
 from probmed.transforms import Affine, Velocity
 from probmed.volumes import Volume
-from probmed.workflows.registration import (
-    SIMILARITIES,
-    PointPairs,
-    RegistrationResult,
-    RegistrationSettings,
-    independent_share,
-    prior_scales,
-    register,
-)
+from probmed.workflows.registration import PointPairs, RegistrationResult, RegistrationSettings, register
+from probmed.workflows.registration_fit import SIMILARITIES, independent_share, prior_scales
 
 DIMENSIONS = pytest.mark.parametrize("d", [2, 3])
 NAMES = pytest.mark.parametrize("name", SIMILARITIES)

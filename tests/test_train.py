@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Beta, MultivariateNormal, kl_divergence
+from torch.nn import functional
 from typer.testing import CliRunner
 
 from probmed.cli import app
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
 from probmed.priors import SmoothVelocity
-from probmed.transforms import Affine, Displacement
+from probmed.transforms import Affine, Displacement, Velocity
 from probmed.volumes import UnusableInput, Volume, read_scan, write_labels, write_scan
-from probmed.workflows.amortisation import (
-    OBJECTIVES,
-    NetworkSettings,
-    TrainedRegistration,
-    answer,
-    read_cohort,
-    train_registration,
-    with_axes_of,
-)
+from probmed.workflows.amortisation import answer, read_cohort, train_registration, training_loss, validation_scores, with_axes_of
 from probmed.workflows.cohorts import own_world
 from probmed.workflows.registration import register
+from probmed.workflows.registration_networks import OBJECTIVES, NetworkSettings, TrainedRegistration
+from probmed.workflows.registration_objectives import PUBLISHED_WEIGHTS, PairBatch, loss
 
 SMALL = NetworkSettings(features=(4, 4, 4, 4, 4, 4), batch=2, radius=2)
 
@@ -99,17 +97,130 @@ def test_every_objective_trains_and_its_network_comes_back_from_disk(objective: 
     assert trained.velocities(*images).abs().max() > 0
 
 
-def test_labels_enter_the_loss_where_they_are_asked_for(table: Path) -> None:
+class Told(nn.Module):
+    """In place of a network: what it says is known, and how often it was asked."""
+
+    def __init__(self, velocity: Tensor, spread: float) -> None:
+        super().__init__()
+        self.velocity, self.spread, self.asked = velocity, spread, 0
+
+    def forward(self, moving: Tensor, fixed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        self.asked += 1
+        velocity = self.velocity.expand(len(moving), *self.velocity.shape)
+        assert velocity.shape[2:] == tuple(shape)
+        return velocity, torch.full_like(velocity, self.spread)
+
+
+def told(grid: Grid, settings: NetworkSettings, slope: float = 0.0, spread: float = -20.0, labels: int = 0) -> tuple[TrainedRegistration, Told]:
+    """Of which the answer is a velocity that grows with the distance from the middle along the first axis."""
+    trained = TrainedRegistration.build(grid, settings, labels=labels)
+    points = trained.lattice.coordinates(torch.float64)
+    velocity = torch.zeros(grid.ndim, *trained.lattice.shape, dtype=torch.float64)
+    velocity[0] = slope * (points - middle_of(grid))[..., 0]
+    network = Told(velocity, spread)
+    trained.guide.network = network
+    trained.guide.double(), trained.model.double()
+    return trained, network
+
+
+def middle_of(grid: Grid) -> Tensor:
+    return grid.voxel_to_world((torch.tensor(grid.shape, dtype=torch.float64) - 1) / 2)
+
+
+PLANE = Grid.from_spacing((32, 24), (1.0, 1.5))
+
+
+@pytest.mark.parametrize("objective", PUBLISHED_WEIGHTS)
+@pytest.mark.parametrize("weight", [None, 3.0])
+def test_published_objectives_are_what_was_published(objective: str, weight: float | None) -> None:
+    """v = a (x − c) along an axis, so that exp(v) stretches by e^a, and images that are linear there."""
+    slope, offset, sd = -0.3, 0.2, 0.05
+    trained, _ = told(PLANE, NetworkSettings(objective, weight=weight, image_sd=sd), slope)
+    squarings = Velocity(trained.lattice, trained.guide.network.velocity).squarings()  # type: ignore[union-attr, arg-type]
+    stretch = (1 + slope / 2**squarings) ** (2**squarings)
+    assert stretch == pytest.approx(math.exp(slope), rel=1e-2)
+    along = (PLANE.coordinates(torch.float64) - middle_of(PLANE))[None, None, ..., 0]
+    # Beyond the outermost nodes of the velocity's lattice the displacement is theirs.
+    reach = (trained.lattice.shape[0] - 1) * trained.lattice.spacing[0] / 2
+    moving, carried = 5 + 0.7 * along, 5 + 0.7 * (along + (stretch - 1) * along.clamp(-reach, reach))
+    strength = PUBLISHED_WEIGHTS[objective] if weight is None else weight
+    # A mean over two components, of which one changes, and over two axes, along one of which it does.
+    velocity, displacement = slope**2 / 4, (stretch - 1) ** 2 / 4
+    ncc = "ncc" in objective
+    fixed = 3 * carried if ncc else carried + offset
+    found = float(loss(trained, PairBatch(moving, fixed)))
+    if objective == "voxelmorph-probabilistic":
+        log_variance = 2 * -20.0 - 10
+        divergence = 0.5 * 2 * (-log_variance + strength * 0.5 * velocity)
+        assert found == pytest.approx(offset**2 / sd**2 + 0.01 * divergence, rel=1e-6)
+        return
+    rough = displacement if objective.endswith("displacement") else velocity
+    assert found == pytest.approx((-1 if ncc else offset**2) + strength * rough, rel=1e-5)
+    assert abs(velocity - displacement) > 0.1 * velocity
+
+
+@pytest.mark.parametrize("similarity", ["gaussian", "student", "mixture", "correlation"])
+def test_the_evidence_bound_is_a_likelihood_less_a_divergence(similarity: str) -> None:
+    """Where q is narrow the expected log likelihood is that at its mean, and the divergence of independent elements from the prior is algebra."""
+    grid = Grid.from_spacing((12, 10), (1.0, 1.5))
+    settings = NetworkSettings(similarity=similarity, posterior="diagonal", radius=1, tempering=0.3)
+    trained, network = told(grid, settings, spread=-9.0)
+    torch.manual_seed(1)
+    moving, fixed = torch.rand(2, 1, 1, *grid.shape, dtype=torch.float64) + 0.5
+    q = trained.guide.distribution(moving, fixed)
+    prior = trained.model.deformation.prior()  # type: ignore[operator]
+    size = prior.event_shape.numel()
+    precision = torch.stack([prior.precision_matvec(e.reshape(prior.event_shape)).flatten() for e in torch.eye(size, dtype=torch.float64)])
+    dense = kl_divergence(
+        MultivariateNormal(torch.zeros(size, dtype=torch.float64), torch.diag(q.variance.flatten())),
+        MultivariateNormal(torch.zeros(size, dtype=torch.float64), precision_matrix=precision),
+    )
+    like = trained.model.similarity
+    latents = like.update(moving[0], fixed[0], like.start(moving[0], fixed[0]))
+    density = 0.3 * like.distribution(moving[0], latents).log_prob(fixed[0]).sum() + like.log_prior(moving[0], latents).sum()
+    network.asked = 0
+    torch.testing.assert_close(grid.numel * loss(trained, PairBatch(moving, fixed)), dense - density, rtol=2e-3, atol=0)
+    assert network.asked == 1
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_labels_are_one_more_observation_in_the_evidence_bound(weight: float) -> None:
+    """At the identity a voxel's labels agree, with probability 1 − ε, or are one of the K − 1 others; ε is at its mode."""
+    grid = Grid.from_spacing((12, 10), (1.0, 1.5))
+    settings = NetworkSettings(similarity="gaussian", posterior="diagonal", label_weight=weight)
+    (plain, _), (trained, network) = told(grid, settings), told(grid, settings, labels=3)
+    generator = torch.Generator().manual_seed(0)
+    moving, fixed = torch.rand(2, 2, 1, *grid.shape, generator=generator, dtype=torch.float64)
+    # Mistakes of one label for another hardly depend on where a boundary is, to a thousandth of a voxel, if most of the map is even.
+    codes = torch.zeros(2, *grid.shape, dtype=torch.int64)
+    codes[:, 6:] = 1
+    other = codes.clone()
+    other[:, :3, :3] = 2
+    ones, others = (functional.one_hot(each, 3).movedim(-1, 1).double() for each in (codes, other))
+    others[1] = math.nan  # the second pair has no labels
+    pairs = PairBatch(moving, fixed, (ones, others))
+    torch.manual_seed(0)
+    bare = loss(plain, PairBatch(moving, fixed))
+    torch.manual_seed(0)
+    network.asked = 0
+    found = float(grid.numel * (loss(trained, pairs) - bare).detach())
+    assert network.asked == 1
+    total, wrong, certainty = grid.numel, 9, 100.0
+    terms = []
+    for count, mistakes in ((total, wrong), (0, 0)):
+        error = (weight * mistakes + certainty * 0.05) / (weight * count + certainty)
+        seen = (count - mistakes) * math.log(1 - error) + (mistakes and mistakes * math.log(error / 2))
+        terms.append(weight * seen + float(Beta(torch.tensor(6.0), torch.tensor(96.0)).log_prob(torch.tensor(error))))
+    assert found == pytest.approx(-sum(terms) / 2, rel=0.02)
+
+
+def test_labels_of_a_table_enter_the_bound_where_they_are_asked_for(table: Path) -> None:
     cohort, grid = read_cohort(pd.read_csv(table, sep="\t"), table)
-    batch = torch.tensor([0, 1]), torch.tensor([2, 3])
-    values = []
-    for weight in (0.0, 2.0, 4.0):
-        settings = NetworkSettings(features=SMALL.features, batch=2, radius=2, label_weight=weight)
-        trained = TrainedRegistration.build(grid, settings)
-        torch.manual_seed(0)
-        values.append(float(trained.loss(cohort)(batch).detach()))
-    assert values[1] > values[0]
-    assert values[2] - values[1] == pytest.approx(values[1] - values[0], rel=1e-3)
+    settings = NetworkSettings(features=SMALL.features, batch=2, radius=2, label_weight=1.0)
+    for count in (0, len(cohort.codes)):
+        trained = TrainedRegistration.build(grid, settings, labels=count)
+        assert (trained.model.labels is None) == (count == 0)
+        assert bool(torch.isfinite(training_loss(trained, cohort)((torch.tensor([0, 1]), torch.tensor([2, 3])))))
 
 
 @pytest.mark.slow
@@ -120,7 +231,7 @@ def test_a_trained_network_aligns_scans_that_it_never_saw(objective: str, tmp_pa
     other = write_set(tmp_path / "all", 18, 18)
     unseen = read_cohort(pd.read_csv(other, sep="\t").iloc[12:], other, grid=grid)[0]
     settings = NetworkSettings(objective, features=(8, 8, 8, 8, 8, 8), batch=4, radius=3)
-    before = TrainedRegistration.build(grid, settings).validation(unseen, [(m, f) for m in range(6) for f in range(6) if m != f])
+    before = validation_scores(TrainedRegistration.build(grid, settings), unseen, [(m, f) for m in range(6) for f in range(6) if m != f])
     _, log = train_registration(cohort, grid, settings, TrainingSettings(steps=400, learning_rate=3e-3, every=400), validation=unseen)
     assert log[-1]["dice"] > before["dice"] + 0.5 * (1 - before["dice"])
 
@@ -186,7 +297,7 @@ def test_register_takes_a_network_s_answer_and_refines_it() -> None:
     grid = Grid.from_spacing((26, 30), (1.5, 1.0))
     trained = untrained(grid)
     moving, fixed = volumes(grid)
-    result = register(moving, fixed, draws=3, amortised=lambda m, f, n: answer(trained, m, f, draws=n, refine=40))
+    result = register(moving, fixed, draws=3, amortised=partial(answer, trained, refine=40))
     assert result.refinement is not None and result.refinement.gap > 3 * result.refinement.error
     assert result.sd is not None and result.sd.shape == (2, 26, 30) and (result.sd > 0).all()
     assert len(result.draws) == 3 and "network" in result.seconds

@@ -17,7 +17,8 @@ from probmed.fields import GaussianField
 from probmed.grids import Grid, channels_last, sample
 from probmed.priors import SmoothVelocity
 from probmed.transforms import Affine, Composition, Displacement, Transform, Velocity, warp
-from probmed.workflows.registration import RegistrationSettings, prior_scales
+from probmed.workflows.registration import RegistrationSettings
+from probmed.workflows.registration_fit import prior_scales
 
 pytestmark = pytest.mark.usefixtures("float64")
 

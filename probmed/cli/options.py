@@ -96,3 +96,14 @@ def check_runs(folders: Sequence[Path], resume: bool) -> None:
 def load_amortisation() -> Any:
     """Training and networks, when first asked for: MONAI and Fabric take seconds to import, which no other command should have to wait for."""
     return importlib.import_module("probmed.workflows.amortisation")
+
+
+def load_networks() -> Any:
+    """Registration networks; likewise."""
+    return importlib.import_module("probmed.workflows.registration_networks")
+
+
+def given_options(context: typer.Context) -> list[str]:
+    """Names of the parameters that the command line has, in the order of the command's definition."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]

@@ -215,13 +215,7 @@ def registration_page(result: RegistrationResult, provenance: Provenance, title:
     """
     view = pair_figures.PairView.of(result)
     grid, spread, ascent = pair_figures.warped_grid(view), pair_figures.spread(view), pair_figures.ascent(result)
-    refined = result.refinement
     carried, colours = (None, {}) if propagation is None else pair_figures.carried_labels(view, propagation)
-    network = None
-    if "network" in result.seconds:
-        network = "A trained network gave the posterior."
-        if refined is not None:
-            network += f" Refined on this pair, its ELBO went from {refined.amortised:.1f} to {refined.refined:.1f} nats."
     return _TEMPLATES.get_template("registration.html").render(
         title=title,
         version=__version__,
@@ -244,7 +238,7 @@ def registration_page(result: RegistrationResult, provenance: Provenance, title:
         table=None if propagation is None else _volume_rows(propagation.volumes, None),
         ascent=None if ascent is None else _image(ascent, "gain of each iteration"),
         converged=result.converged,
-        network=network,
+        network=_network_words(result),
         equation=[_marked_up(result.equation)],
         symbols=[(_marked_up(symbol), meaning) for symbol, meaning in _PAIR_SYMBOLS],
         provenance=provenance,
@@ -500,6 +494,18 @@ def _between(row: Mapping[Any, Any], low: str, high: str, digits: int = 3) -> st
 
 def _figures(value: float, digits: int = 3) -> str:
     return "" if value != value else f"{value:.{digits}g}"
+
+
+def _network_words(result: RegistrationResult) -> str | None:
+    """What a network has to do with it; None where none has."""
+    if "network" not in result.seconds:
+        return None
+    words, refined = "A trained network gave the posterior.", result.refinement
+    if result.elbo_network is not None:
+        words += f" Its evidence lower bound is {result.elbo_network:.1f} nats."
+    if refined is not None:
+        words += f" Refined on this pair, the bound rose by {refined.gap:.1f} ± {refined.error:.1f} nats to {refined.refined:.1f}."
+    return words
 
 
 def _pair_summary(result: RegistrationResult) -> list[tuple[str, str]]:

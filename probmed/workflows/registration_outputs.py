@@ -63,7 +63,10 @@ _COLUMNS = {
     "likelihood, so that it compares priors and affine maps at one tempering and level",
     "log_evidence_error": "standard error of the former, nats",
     "tempering": "factor on the finest level's log likelihood of the image, for voxels that are not independent",
-    "elbo": "of a network's answer, nats, where it was refined",
+    "elbo_network": "evidence lower bound of a network's answer under its model, nats",
+    "elbo": "the same after the answer was refined on this pair, nats",
+    "gap": "by how much that is better, the amortisation gap that was closed, nats",
+    "gap_error": "standard error of the gap, which is estimated from draws, nats",
     "converged": "whether the finest level did, 1 or 0",
     "folding": "share of voxels where det Dφ is not above 0",
     "jacobian_min": "smallest det Dφ",
@@ -155,6 +158,7 @@ def write_registration(
 
 def summary_table(result: RegistrationResult) -> pd.DataFrame:
     """One row: similarity by stage, log joint and evidence, folding, Jacobian, spread, seconds by stage."""
+    refined = result.refinement
     values: dict[str, Any] = {
         "moving": result.moving.name,
         "fixed": result.fixed.name,
@@ -166,7 +170,10 @@ def summary_table(result: RegistrationResult) -> pd.DataFrame:
         "log_evidence": None if result.log_evidence is None else result.log_evidence.value,
         "log_evidence_error": None if result.log_evidence is None else result.log_evidence.error,
         "tempering": None if result.tempering is None else f"{result.tempering:.6g}",
-        "elbo": None if result.refinement is None else result.refinement.refined,
+        "elbo_network": result.elbo_network,
+        "elbo": None if refined is None else refined.refined,
+        "gap": None if refined is None else refined.gap,
+        "gap_error": None if refined is None else refined.error,
         "converged": int(result.converged),
         "folding": f"{result.folding:.6g}",
         "jacobian_min": float(result.determinant.min()),

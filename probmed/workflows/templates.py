@@ -29,7 +29,7 @@ from probmed.similarities import GaussianNoise, LocalCorrelation, Similarity
 from probmed.transforms import Affine, Displacement, Transform, Velocity, warp
 from probmed.volumes import UnusableInput, Volume, scaled
 from probmed.workflows.cohorts import common_grid, own_world
-from probmed.workflows.registration import prior_scales
+from probmed.workflows.registration_fit import prior_scales
 from probmed.workflows.stages import pick_device
 
 SIMILARITIES = ("gaussian", "correlation")
