@@ -1,12 +1,13 @@
-"""Distributions over fields that were learned from fields: principal components, or a smooth field of fitted strength and length.
+"""Distributions over fields and affine maps that were learned from some: principal components, or a smooth field of fitted strength and length.
 
 A field prior is a component whose ``forward()`` draws its latents and returns a field, ``(C, *shape)``; velocities make a deformation prior of it
-(``FlowPrior``), intensities an appearance.
+(``FlowPrior``), intensities an appearance. Of affine maps there is ``PrincipalAffine``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pyro
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from probmed.fields import GaussianField
 from probmed.grids import Grid
 from probmed.priors import DeformationPrior
-from probmed.transforms import Velocity
+from probmed.transforms import Affine, Velocity
 
 
 class FieldPrior(PyroModule):
@@ -59,9 +60,9 @@ class PrincipalField(FieldPrior):
             raise ValueError(f"expected two fields or more, got {len(fields)}")
         mean = fields.mean(0)
         departures = (fields - mean).flatten(1).double()
-        # N fields span N − 1 dimensions, however many voxels they have.
+        # N fields span N − 1 dimensions, however many voxels they have, and no more than these.
         values, vectors = torch.linalg.eigh(departures @ departures.mT / (len(fields) - 1))
-        kept = min(count or len(fields) - 1, len(fields) - 1)
+        kept = min(count or len(fields) - 1, len(fields) - 1, departures.shape[1])
         scale = ((len(fields) - 1) * values[-kept:].flip(0)).clamp_min(0)
         directions = vectors[:, -kept:].flip(1).mT @ departures / scale.clamp_min(1e-300).sqrt()[:, None]
         components = directions * values[-kept:].flip(0).clamp_min(0).sqrt()[:, None]
@@ -123,6 +124,46 @@ class SmoothField(FieldPrior):
     def forward(self) -> Tensor:
         field: Tensor = pyro.sample(self.site, self.prior())
         return field
+
+
+class PrincipalAffine(DeformationPrior):
+    """exp(Σ_n a_n G_n) of parameters a that are normal with a mean and a covariance: a = μ + Σ_j b_j c_j, b_j ~ N(0, 1). Site: ``site``, ``(J,)``.
+
+    Unlike ``AffinePrior`` it is about no known map, and its parameters depend on one another, as sizes along different axes of a body do.
+
+    Arguments:
+        coordinates: of all parameters of an affine map, as ``Affine.log``: ``(6,)`` in 2D, ``(12,)`` in 3D.
+        ndim: 2 or 3.
+        centre: the point about which the group acts, mm, ``(d,)``.
+    """
+
+    centre: Tensor
+
+    def __init__(self, coordinates: PrincipalField, ndim: int, centre: Tensor) -> None:
+        super().__init__()
+        if coordinates.mean.shape != (ndim * (ndim + 1),) or centre.shape != (ndim,):
+            found = f"{tuple(coordinates.mean.shape)} and {tuple(centre.shape)}"
+            raise ValueError(f"expected parameters ({ndim * (ndim + 1)},) and a centre ({ndim},) in {ndim}D, got {found}")
+        self.coordinates, self.ndim = coordinates, ndim
+        self.register_buffer("centre", centre.to(coordinates.mean))
+
+    @classmethod
+    def fit(cls, affines: Sequence[Affine], centre: Tensor, site: str = "affine") -> PrincipalAffine:
+        """Of affine maps: the sample mean and covariance of their parameters about ``centre``.
+
+        Raises:
+            ValueError: for fewer than two maps, or one without a real logarithm.
+        """
+        if len(affines) < 2:
+            raise ValueError(f"expected two affine maps or more, got {len(affines)}")
+        found = Affine(torch.stack([affine.matrix for affine in affines])).log(centre).to(torch.get_default_dtype())
+        return cls(PrincipalField.fit(found, site=site), affines[0].ndim, centre)
+
+    def evaluate(self, scores: Tensor) -> Affine:
+        return Affine.exp(self.coordinates.evaluate(scores), self.ndim, self.centre)
+
+    def forward(self) -> Affine:
+        return Affine.exp(self.coordinates(), self.ndim, self.centre)
 
 
 class FlowPrior(DeformationPrior):

@@ -137,9 +137,15 @@ class SmoothVelocity(DeformationPrior):
 
 
 class AffineVelocity(DeformationPrior):
-    """A ∘ exp(v): the flow first, in the world in which the transform starts, then the affine map. Sites: ``affine`` and ``velocity``."""
+    """A ∘ exp(v): the flow first, in the world in which the transform starts, then the affine map.
 
-    def __init__(self, affine: AffinePrior, deformation: SmoothVelocity) -> None:
+    Sites: those of both, ``affine`` and ``velocity`` of the usual ones.
+
+    Arguments:
+        affine, deformation: any two deformation priors whose sites have different names.
+    """
+
+    def __init__(self, affine: DeformationPrior, deformation: DeformationPrior) -> None:
         super().__init__()
         self.affine, self.deformation = affine, deformation
 

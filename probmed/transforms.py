@@ -97,6 +97,30 @@ class Affine(Transform):
             matrix = shift @ matrix @ torch.linalg.inv(shift)
         return cls(matrix)
 
+    def log(self, centre: Tensor | None = None) -> Tensor:
+        """The Lie-algebra coordinates of which this map is the exponential, ``Affine.exp(map.log(centre), map.ndim, centre)``.
+
+        Arguments:
+            centre: the point ``(d,)`` about which rotation, scaling and shear act, mm; the origin by default.
+
+        Returns:
+            ``(*batch, 6)`` in 2D or ``(*batch, 12)`` in 3D, float64: translations (mm), rotations (radians), log scales and shears.
+
+        Raises:
+            ValueError: for a map that is no exponential: it mirrors, or turns by half a turn.
+        """
+        d = self.ndim
+        matrix = self.matrix.detach().cpu().double()
+        values = torch.linalg.eigvals(matrix[..., :d, :d])
+        if bool(((values.real <= 0) & (values.imag.abs() < 1e-8 * values.abs().clamp_min(1e-300))).any()):
+            raise ValueError("expected an affine map near the identity, got one that mirrors or turns by half a turn and has no real logarithm")
+        shift = torch.eye(d + 1, dtype=torch.float64)
+        if centre is not None:
+            shift[:d, d] = centre.detach().cpu().double()
+        found = _matrix_log(torch.linalg.inv(shift) @ matrix @ shift)[..., :d, :].flatten(-2)
+        generators = _generators(d, d * (d + 1))[:, :d].flatten(1)
+        return torch.linalg.solve(generators.mT, found[..., None])[..., 0]
+
     def __call__(self, points: Tensor) -> Tensor:
         d = self.ndim
         matrix = self.matrix.to(points)
@@ -299,6 +323,32 @@ def determinant(jacobian: Tensor) -> Tensor:
     if a.shape[-1] == 2:
         return a[..., 0, 0] * a[..., 1, 1] - a[..., 0, 1] * a[..., 1, 0]
     return (a[..., 0, :] * torch.linalg.cross(a[..., 1, :], a[..., 2, :], dim=-1)).sum(-1)
+
+
+def _matrix_log(matrix: Tensor, roots: int = 8) -> Tensor:
+    """The principal logarithm of matrices ``(*batch, n, n)`` without eigenvalues that are zero or negative.
+
+    Square roots until the matrix is near the identity (Denman and Beavers' iteration, in its product form), then Gregory's series
+    log M = 2 Σ_k X^(2k+1) / (2k+1), X = (M − I)(M + I)⁻¹.
+
+    References: Higham, Functions of Matrices, 2008, chapters 6 and 11.
+    """
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+    root = matrix
+    for _ in range(roots):
+        product = root
+        for _ in range(50):
+            inverse = torch.linalg.inv(product)
+            root = root @ (identity + inverse) / 2
+            product = (identity + (product + inverse) / 2) / 2
+            if float((product - identity).abs().max()) < 1e-14:
+                break
+    x = torch.linalg.solve(root + identity, root - identity)
+    total, power = x, x
+    for k in range(1, 8):
+        power = power @ x @ x
+        total = total + power / (2 * k + 1)
+    return 2.0 ** (roots + 1) * total
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import LabelAtlas
-from probmed.field_priors import FieldPrior, FlowPrior, PrincipalField, SmoothField
+from probmed.field_priors import FieldPrior, FlowPrior, PrincipalAffine, PrincipalField, SmoothField
 from probmed.grids import Grid
 from probmed.models.gp_prior_vae import (
     CodePrior,
@@ -95,6 +95,13 @@ def principal_velocity() -> FlowPrior:
     generator = torch.Generator().manual_seed(1)
     fields = torch.randn(3, 3, *velocity_grid().shape, generator=generator, dtype=torch.get_default_dtype())
     return FlowPrior(velocity_grid(), PrincipalField.fit(2 * fields, site="velocity_scores"))
+
+
+def principal_affine() -> PrincipalAffine:
+    """Of three maps."""
+    generator = torch.Generator().manual_seed(3)
+    sd = torch.tensor([2.0] * 3 + [0.1] * 3 + [0.05] * 6)
+    return PrincipalAffine.fit([Affine.exp(sd * torch.randn(12, generator=generator, dtype=sd.dtype)) for _ in range(3)], torch.ones(3))
 
 
 def smooth_field(channels: int = 1, site: str = "field") -> SmoothField:
@@ -346,6 +353,10 @@ def _components() -> dict[str, Case]:
     cases["PrincipalField"] = Case(lambda: principal_velocity().velocity, nothing, frozenset({"velocity_scores"}), plates=True)
     cases["SmoothField"] = Case(smooth_field, nothing, frozenset({"field"}), plates=True)
     cases["FlowPrior"] = Case(principal_velocity, nothing, frozenset({"velocity_scores"}), plates=True)
+    cases["PrincipalAffine"] = Case(principal_affine, nothing, frozenset({"affine"}))
+    cases["AffineVelocity_learned"] = Case(
+        lambda: AffineVelocity(principal_affine(), principal_velocity()), nothing, frozenset({"affine", "velocity_scores"})
+    )
     cases["AffineVelocity"] = Case(
         DEFORMATIONS["affine_velocity"][0], nothing, frozenset({"affine", "velocity"}), plates=True
     )

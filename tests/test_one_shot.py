@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +12,18 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from probmed.field_priors import PrincipalField, SmoothField
+from probmed.field_priors import PrincipalAffine, PrincipalField, SmoothField
 from probmed.fields import GaussianField
 from probmed.grids import Grid
+from probmed.models.one_shot import TransformedScan
+from probmed.priors import AffinePrior, AffineVelocity
 from probmed.transforms import Affine, Velocity, warp
 from probmed.volumes import Volume
-from probmed.workflows.one_shot import SPATIAL, Estimates, carried, coupled, draw, estimate, learned
+from probmed.workflows.cohorts import own_world
+from probmed.workflows.one_shot import SPATIAL, Estimates, carried, coupled, draw, estimate, learned, without_headers
 from probmed.workflows.registration import register
+from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter
+from probmed.workflows.training_sets import Augmentation, one_shot
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -85,7 +92,8 @@ def estimates(count: int = 6) -> tuple[Estimates, Tensor]:
     velocities, residuals = (torch.einsum("nj,j...->n...", scores, parts) for parts in (waves, looks))
     scan = blob()[None]
     labels = torch.stack([(scan[0] < 0.5).double(), (scan[0] >= 0.5).double()])
-    return Estimates(GRID, lattice, scan, velocities, (Affine.identity(2),) * count, residuals), labels
+    affines = tuple(Affine.exp(each, 2) for each in 0.5 * torch.randn(count, 6) * torch.tensor([2.0, 2.0, 0.1, 0.1, 0.1, 0.05]))
+    return Estimates(GRID, lattice, scan, velocities, affines, residuals), labels
 
 
 def test_a_draw_is_the_changed_scan_carried_by_the_flow_with_its_labels() -> None:
@@ -93,18 +101,22 @@ def test_a_draw_is_the_changed_scan_carried_by_the_flow_with_its_labels() -> Non
     model = learned(known, labels, noise=1e-6)
     trace = poutine.trace(model).get_trace()
     scores, look = (trace.nodes[site]["value"] for site in ("velocity", "appearance"))
-    velocity = Velocity(known.lattice, -model.spatial.velocity.evaluate(scores))  # type: ignore[operator]
+    velocity = Velocity(known.lattice, -model.spatial.deformation.velocity.evaluate(scores))  # type: ignore[union-attr, operator]
+    affine = model.spatial.affine.evaluate(trace.nodes["affine"]["value"])  # type: ignore[union-attr, operator]
     image = known.scan + model.appearance.evaluate(look)  # type: ignore[operator, union-attr]
-    expected = warp(image, GRID, velocity, GRID, fill="edge")
-    torch.testing.assert_close(trace.nodes["image"]["value"], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(trace.nodes["labels"]["value"], warp(labels, GRID, velocity, GRID, fill="edge"))
+    for found, whole, tolerance in (("image", image, 1e-5), ("labels", labels, 1e-12)):
+        expected = warp(whole, GRID, velocity @ affine.inverse(), GRID, fill=math.nan)
+        torch.testing.assert_close(trace.nodes[found]["value"], expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def test_coupled_draws_are_one_scan_s_own_transforms() -> None:
     known, labels = estimates()
-    image, _ = draw(coupled(known, labels, 2, noise=1e-6), 1)
-    expected = warp(known.scan + known.residuals[2], GRID, Velocity(known.lattice, -known.velocities[2]), GRID, fill="edge")
-    torch.testing.assert_close(image[0], expected, rtol=0, atol=1e-5)
+    image, found = draw(coupled(known, labels, 2, noise=1e-6), 1)
+    back = Velocity(known.lattice, -known.velocities[2]) @ known.affines[2].inverse()
+    expected = warp(known.scan + known.residuals[2], GRID, back, GRID, fill=math.nan)
+    assert 0 < float(expected.isnan().double().mean()) < 0.5
+    torch.testing.assert_close(image[0], expected, rtol=0, atol=1e-5, equal_nan=True)
+    assert not found[0][expected[0].isnan()].any()
 
 
 @pytest.mark.parametrize("spatial", SPATIAL)
@@ -113,11 +125,121 @@ def test_every_kind_of_transform_draws_labelled_scans(spatial: str) -> None:
     model = learned(known, labels, spatial, "none")
     images, codes = draw(model, 4, seed=3)
     assert images.shape == (4, 1, *GRID.shape) and codes.shape == (4, *GRID.shape)
-    torch.testing.assert_close(images, draw(model, 4, seed=3)[0])
+    torch.testing.assert_close(images, draw(model, 4, seed=3)[0], equal_nan=True)
     changed = (codes != labels.argmax(0)).double().mean()
     assert (changed == 0) == (spatial == "none")
     # The labels stay where the disc is bright.
-    assert images[:, 0][codes == 1].mean() > images[:, 0][codes == 0].mean() + 0.4
+    assert images[:, 0][codes == 1].mean() > images[:, 0][codes == 0].nanmean() + 0.4
+
+
+def test_what_the_labelled_scan_does_not_show_is_unknown_in_draws() -> None:
+    """A shift by two voxels, and an unknown square: both are NaN where they have come to, and nothing else is."""
+    _, labels = estimates()
+    scan = blob()[None].clone()
+    scan[:, 4:7, 5:9] = math.nan
+    shift = PrincipalField(torch.tensor([2.0, 0.0, 0.0, 0.0, 0.0, 0.0]), torch.zeros(1, 6), "affine")
+    spatial = PrincipalAffine(shift, 2, torch.zeros(2))
+    image, found = draw(TransformedScan(scan, labels, GRID, spatial, noise=1e-6), 1)
+    expected = torch.zeros(GRID.shape, dtype=torch.bool)
+    expected[:2], expected[6:9, 5:9] = True, True
+    assert torch.equal(image[0, 0].isnan(), expected)
+    torch.testing.assert_close(image[0, :, 9:], scan[:, 7:-2], rtol=0, atol=1e-5)
+    # Labels are known where intensities are not; beyond the field of view they are the background.
+    assert torch.equal(found[0, 2:], labels.argmax(0)[:-2]) and not found[0, :2].any()
+
+
+def test_draws_with_unknown_voxels_are_examples_as_scans_with_them_are() -> None:
+    torch.set_default_dtype(torch.float32)  # as scans come; the fixture sets it back
+    known, labels = estimates()
+    known, labels = replace(known, **{name: getattr(known, name).float() for name in ("scan", "velocities", "residuals")}), labels.float()
+    scan = known.scan.clone()
+    scan[:, 20:, :6] = math.nan
+    model = TransformedScan(scan, labels, GRID, learned(known, labels).spatial)
+    for augmentation in (None, Augmentation()):
+        images, codes = one_shot([model], 2, augmentation)()
+        unknown = images.isnan()
+        assert unknown.flatten(1).any(1).all() and set(codes.unique().tolist()) == {0, 1}
+        trained = TrainedSegmenter.build(GRID, SegmenterSettings(), (0, 1))
+        loss = trained.loss((images, codes))
+        loss.backward()
+        assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in trained.network.parameters() if p.grad is not None)
+        # What stands where nothing is known is not seen: the mean of what is.
+        filled = images.masked_fill(unknown, 0.0)
+        logits = trained.logits(images)
+        assert torch.isfinite(logits).all() and not torch.allclose(trained.logits(filled), logits)
+
+
+PARAMETERS = torch.tensor([1.0, -2.0, 0.05, 0.1, -0.05, 0.02], dtype=torch.float64)
+
+
+def simulated_affines(count: int, centre: Tensor) -> tuple[tuple[Affine, ...], Tensor]:
+    """Maps whose parameters have a mean and a covariance of rank three, and the covariance."""
+    generator = torch.Generator().manual_seed(5)
+    root = torch.randn(6, 3, generator=generator) * torch.tensor([1.5, 1.5, 0.05, 0.08, 0.08, 0.03])[:, None]
+    drawn = PARAMETERS + torch.randn(count, 3, generator=generator) @ root.mT
+    return tuple(Affine.exp(each, 2, centre) for each in drawn), root @ root.mT
+
+
+def test_mean_and_covariance_of_affine_maps_are_recovered_and_draws_follow_them() -> None:
+    centre = torch.tensor([20.0, -5.0])
+    affines, covariance = simulated_affines(3000, centre)
+    prior = PrincipalAffine.fit(affines, centre)
+    sd = covariance.diagonal().sqrt()
+    found = prior.coordinates.components.mT @ prior.coordinates.components
+    assert ((prior.coordinates.mean - PARAMETERS).abs() < 4 * sd / 3000**0.5).all()
+    assert ((found - covariance).abs() < 0.1 * sd[:, None] * sd).all()
+    lengths = (prior.coordinates.components / sd).norm(dim=1)
+    assert len(lengths) == 6 and (lengths[3:] < 1e-5 * lengths[0]).all()
+    torch.manual_seed(0)
+    drawn = Affine(torch.stack([prior().matrix for _ in range(2000)])).log(centre)
+    assert ((drawn.mean(0) - PARAMETERS).abs() < 5 * sd / 2000**0.5).all()
+    assert ((drawn.mT.cov() - covariance).abs() < 0.12 * sd[:, None] * sd).all()
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_logarithms_of_affine_maps_are_their_parameters(ndim: int) -> None:
+    torch.manual_seed(2)
+    centre = 30 * torch.randn(ndim)
+    parameters = 0.3 * torch.randn(2, 5, ndim * (ndim + 1))
+    torch.testing.assert_close(Affine.exp(parameters, ndim, centre).log(centre), parameters, rtol=0, atol=1e-9)
+    far = torch.cat([torch.tensor([300.0] * ndim), torch.full((ndim * ndim,), 0.5)])
+    torch.testing.assert_close(Affine.exp(far, ndim).log(), far, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(Affine.identity(ndim).log(), torch.zeros(ndim * (ndim + 1)))
+    mirror = torch.diag(torch.tensor([-1.0] + [1.0] * ndim))
+    half_turn = torch.diag(torch.tensor([-1.0, -1.0] + [1.0] * (ndim - 1)))
+    for matrix in (mirror, half_turn):
+        with pytest.raises(ValueError, match="no real logarithm"):
+            Affine(matrix).log()
+
+
+def test_affine_maps_of_draws_know_nothing_of_headers() -> None:
+    """Scans whose headers put them anywhere, in voxels of other order and direction: what remains is how bodies differ."""
+    own = Affine.exp(PARAMETERS, 2)
+    headers = torch.tensor([[[0.0, -1.0, 80.0], [1.0, 0.0, 300.0], [0.0, 0.0, 1.0]], [[-1.0, 0.0, -50.0], [0.0, 1.0, 7.0], [0.0, 0.0, 1.0]]])
+    fixed, moving = (Grid(shape, matrix) for shape, matrix in zip(((28, 30), (31, 25)), headers, strict=True))
+    here, back = own_world(fixed).matrix, own_world(fixed).inverse().matrix
+    shape_alone = without_headers(Affine(own_world(moving).matrix @ own.matrix @ back), fixed, moving)
+    torch.testing.assert_close(shape_alone.matrix, here @ own.matrix @ back)
+    # The axes of own worlds are the world's here, so that the parameters are those about the middle.
+    torch.testing.assert_close(shape_alone.log(here[:2, 2]), PARAMETERS)
+
+
+def test_any_two_deformation_priors_are_composed() -> None:
+    known, labels = estimates()
+    model = learned(known, labels)
+    assert isinstance(model.spatial, AffineVelocity) and isinstance(model.spatial.affine, PrincipalAffine)
+    both = AffineVelocity(AffinePrior(2), model.spatial.deformation)
+    trace = poutine.trace(both).get_trace()
+    assert set(trace.stochastic_nodes) == {"affine", "velocity"}
+    points = GRID.coordinates(torch.float64)[::5, ::7]
+    flow = model.spatial.deformation.velocity.evaluate(trace.nodes["velocity"]["value"])  # type: ignore[union-attr, operator]
+    expected = AffinePrior(2).evaluate(trace.nodes["affine"]["value"])(Velocity(known.lattice, flow)(points))
+    torch.testing.assert_close(trace.nodes["_RETURN"]["value"](points), expected)
+    assert not isinstance(learned(known, labels, affine=False).spatial, AffineVelocity)
+    with pytest.raises(ValueError, match="two affine maps or more, got 1"):
+        PrincipalAffine.fit(known.affines[:1], torch.zeros(2))
+    with pytest.raises(ValueError, match=r"expected parameters \(12,\)"):
+        PrincipalAffine(PrincipalField(torch.zeros(6), torch.zeros(1, 6)), 3, torch.zeros(3))
 
 
 def test_unknown_kinds_and_shapes_are_refused() -> None:

@@ -1,7 +1,8 @@
 """What other scans differ in from the one that is labelled, estimated by registration, and the distributions that are fitted to it.
 
 With the labelled scan as the fixed image every velocity is on its voxels, so that velocities of different people can be compared, and so is the
-intensity that is left: ψ_i = y_i ∘ φ_i − I_1.
+intensity that is left: ψ_i = y_i ∘ φ_i − I_1. Affine maps are compared with the middles of all scans' grids in one place and their axes alike:
+nothing is left in them of where scanners have put the origins of their worlds.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from probmed.field_priors import FieldPrior, FlowPrior, PrincipalField, SmoothField
+from probmed.field_priors import FieldPrior, FlowPrior, PrincipalAffine, PrincipalField, SmoothField
 from probmed.fields import along_axes
 from probmed.grids import Grid, interpolation_matrices
 from probmed.inference.parameters import seeded
 from probmed.models.one_shot import TransformedScan
+from probmed.priors import AffineVelocity, DeformationPrior
 from probmed.transforms import Affine, Transform, Velocity, warp
 from probmed.volumes import Volume, scaled
+from probmed.workflows.cohorts import own_world
 
 SPATIAL = ("principal", "smooth", "random", "none")
 APPEARANCES = ("principal", "smooth", "none")
@@ -48,7 +51,8 @@ class Estimates:
 
     Arguments:
         scan: I_1, scaled, ``(1, *grid.shape)``.
-        velocities: of φ_i but for its affine map, mm, ``(N, d, *lattice.shape)``; affines: those maps.
+        velocities: of φ_i but for its affine map, mm, ``(N, d, *lattice.shape)``; affines: those maps, from the labelled scan's world to one in which
+            the other scan's grid has its middle and its axes where the labelled scan's has them.
         residuals: ψ_i, ``(N, 1, *grid.shape)``; 0 where a scan does not reach.
     """
 
@@ -85,12 +89,17 @@ def estimate(scan: Volume, others: Sequence[Volume], register: Register, tell: C
             field = along_axes(field, interpolation_matrices(result.velocity.grid, lattice, field))
         moved = warp(scaled(other.data)[None], other.grid, result.transform, scan.grid, fill=math.nan)
         velocities.append(field)
-        affines.append(result.affine)
+        affines.append(without_headers(result.affine, scan.grid, other.grid))
         residuals.append((moved - reference).nan_to_num(0.0))
         tell((number + 1) / len(others))
     if lattice is None:
         raise AssertionError
     return Estimates(scan.grid, lattice, reference, torch.stack(velocities), tuple(affines), torch.stack(residuals))
+
+
+def without_headers(affine: Affine, fixed: Grid, moving: Grid) -> Affine:
+    """An affine map between two scans' worlds as one of the fixed scan's world: their grids' middles and axes are made to agree."""
+    return Affine(own_world(fixed).matrix @ own_world(moving).inverse().matrix @ affine.matrix.cpu().double())
 
 
 def model_of(
@@ -141,6 +150,7 @@ def learned(
     appearance: str = "principal",
     components: int | None = None,
     noise: float = 0.02,
+    affine: bool = True,
 ) -> TransformedScan:
     """A model whose transforms are distributed as those that were estimated.
 
@@ -149,19 +159,28 @@ def learned(
         spatial: one of ``SPATIAL``: principal components of velocities, a smooth field fitted to them, a smooth field that was not, or none.
         appearance: one of ``APPEARANCES``, alike.
         components: at most so many principal components of each; all by default.
+        affine: whether affine maps are drawn, too, with the mean and covariance of those that were estimated; none are where ``spatial`` is random
+            or none.
 
     Raises:
         ValueError: for other names.
     """
     if spatial not in SPATIAL or appearance not in APPEARANCES:
         raise ValueError(f"expected spatial of {SPATIAL} and appearance of {APPEARANCES}, got {spatial!r} and {appearance!r}")
-    flow = FlowPrior(estimates.lattice, _velocity(estimates, spatial, components))
+    transform: DeformationPrior = FlowPrior(estimates.lattice, _velocity(estimates, spatial, components))
+    if affine and spatial not in ("random", "none"):
+        transform = AffineVelocity(PrincipalAffine.fit(estimates.affines, _middle(estimates.grid)), transform)
     look: FieldPrior | None = None
     if appearance == "principal":
         look = PrincipalField.fit(estimates.residuals, components, "appearance")
     elif appearance == "smooth":
         look = SmoothField.fit(estimates.residuals, estimates.grid.spacing, site="appearance")
-    return TransformedScan(estimates.scan, labels, estimates.grid, flow, look, noise)
+    return TransformedScan(estimates.scan, labels, estimates.grid, transform, look, noise)
+
+
+def _middle(grid: Grid) -> Tensor:
+    """Of the grid, mm, ``(d,)``."""
+    return own_world(grid).matrix[: grid.ndim, grid.ndim]
 
 
 def _velocity(estimates: Estimates, spatial: str, components: int | None) -> FieldPrior:
@@ -175,18 +194,34 @@ def _velocity(estimates: Estimates, spatial: str, components: int | None) -> Fie
 
 def coupled(estimates: Estimates, labels: Tensor, number: int, noise: float = 0.02) -> TransformedScan:
     """The transforms of one other scan, both together, as they were estimated."""
+    centre = _middle(estimates.grid)
+    parameters = estimates.affines[number].log(centre).to(estimates.velocities)
+    affine = PrincipalAffine(PrincipalField(parameters, torch.zeros_like(parameters)[None], "affine"), estimates.grid.ndim, centre)
     own = PrincipalField(estimates.velocities[number], torch.zeros_like(estimates.velocities[:1]), "velocity")
     look = PrincipalField(estimates.residuals[number], torch.zeros_like(estimates.residuals[:1]), "appearance")
-    return TransformedScan(estimates.scan, labels, estimates.grid, FlowPrior(estimates.lattice, own), look, noise)
+    transform = AffineVelocity(affine, FlowPrior(estimates.lattice, own))
+    return TransformedScan(estimates.scan, labels, estimates.grid, transform, look, noise)
 
 
 @torch.no_grad()
+def draw_one(model: TransformedScan) -> tuple[Tensor, Tensor]:
+    """A labelled scan from the model, by PyTorch's global generator.
+
+    Returns:
+        The image ``(1, *shape)``, NaN where unknown, and label indices ``(*shape)``, 0 beyond the labelled scan's field of view, as real scans have
+        them where a network's grid goes beyond theirs.
+    """
+    nodes = poutine.trace(model).get_trace().nodes
+    shares = nodes["labels"]["value"]
+    return nodes["image"]["value"], shares.nan_to_num(0.0).argmax(0).masked_fill(shares.isnan().any(0), 0)
+
+
 def draw(model: TransformedScan, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Labelled scans from the model.
 
     Returns:
-        Images ``(count, 1, *shape)`` and label indices ``(count, *shape)``.
+        Images ``(count, 1, *shape)`` and label indices ``(count, *shape)``, as ``draw_one``.
     """
     with seeded(seed):
-        nodes = [poutine.trace(model).get_trace().nodes for _ in range(count)]
-    return torch.stack([node["image"]["value"] for node in nodes]), torch.stack([node["labels"]["value"].argmax(0) for node in nodes])
+        found = [draw_one(model) for _ in range(count)]
+    return torch.stack([image for image, _ in found]), torch.stack([labels for _, labels in found])

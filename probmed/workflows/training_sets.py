@@ -24,6 +24,7 @@ from probmed.transforms import Velocity, warp
 from probmed.volumes import Volume
 from probmed.workflows.amortisation import Cohort, brought
 from probmed.workflows.cohorts import own_world
+from probmed.workflows.one_shot import draw_one
 
 Examples = Callable[[], tuple[Tensor, Tensor]]
 
@@ -109,9 +110,8 @@ def one_shot(models: list[TransformedScan], batch: int, augmentation: Augmentati
     """Draws of random ones of some models of a labelled scan, all on its grid."""
 
     def draw() -> tuple[Tensor, Tensor]:
-        nodes = [poutine.trace(models[int(torch.randint(len(models), ()))]).get_trace().nodes for _ in range(batch)]
-        images = torch.stack([node["image"]["value"] for node in nodes])
-        labels = torch.stack([node["labels"]["value"].argmax(0) for node in nodes])
+        found = [draw_one(models[int(torch.randint(len(models), ()))]) for _ in range(batch)]
+        images, labels = torch.stack([image for image, _ in found]), torch.stack([own for _, own in found])
         return (images, labels) if augmentation is None else augmentation(images, labels, models[0].grid)
 
     return draw
