@@ -178,10 +178,10 @@ def _line(rows: Sequence[Row], name: str, shifts: Iterable[str], what: str, digi
 
 
 def summarise(rows: Sequence[Row], shifts: Iterable[str]) -> list[dict[str, str]]:
-    """Four lines a method: Dice, nats a voxel, the calibration error near the border, and the coverage of volumes."""
+    """Five lines a method: Dice, nats and Brier score a voxel, the calibration error near the border, and the coverage of volumes."""
     lines = []
     for name in dict.fromkeys(row["method"] for row in rows):
-        for what, head, digits in (("dice", "Dice", 3), ("nll", "nats a voxel", 3), ("ece", "ECE near the border", 3)):
+        for what, head, digits in (("dice", "Dice", 3), ("nll", "nats a voxel", 3), ("brier", "Brier score", 4), ("ece", "ECE near the border", 3)):
             lines.append({"method": name, "score": head, **_line(rows, name, shifts, what, digits)})
         of = {shift: [row for row in rows if row["method"] == name and row["shift"] == shift] for shift in shifts}
         held = {shift: coverage(own) if own else "–" for shift, own in of.items()}
