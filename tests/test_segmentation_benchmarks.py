@@ -179,13 +179,13 @@ def uncertain(shift: str, method: str, value: float) -> dict[str, object]:
 
 
 def test_uncertainty_has_five_lines_a_method_and_a_column_a_shift() -> None:
-    rows = [uncertain("none", "A", 0.8), uncertain("none", "A", 0.9), uncertain("noise", "A", 0.5), uncertain("none", "B", 0.4)]
+    rows = [uncertain("none", "A", 0.8), uncertain("none", "A", 0.88), uncertain("noise", "A", 0.5), uncertain("none", "B", 0.4)]
     lines = uncertainty.summarise(rows, ("none", "noise"))
     assert [(line["method"], line["score"]) for line in lines[:5]] == [
         *(("A", "Dice"), ("A", "nats a voxel"), ("A", "Brier score"), ("A", "ECE near the border")),
         ("A", "volumes in 50 / 80 / 95 % intervals"),
     ]
-    assert [line["none"] for line in lines[:5]] == ["0.850", "1.700", "0.1063", "0.212", "33 / 67 / 67"]
+    assert [line["none"] for line in lines[:5]] == ["0.840", "1.680", "0.1050", "0.210", "33 / 67 / 67"]
     assert [line["noise"] for line in lines[:5]] == ["0.500", "1.000", "0.0625", "0.125", "33 / 67 / 67"]
     assert [line["noise"] for line in lines[5:]] == ["–"] * 5 and lines[5]["none"] == "0.400"
 
