@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide import init_to_mean, init_to_value
+from pyro.infer.autoguide import init_to_mean, init_to_median, init_to_value
 from torch import Tensor
 
 from probmed.inference.parameters import cuda_devices, local_parameters, seeded, tensors_within
@@ -33,7 +33,7 @@ def nuts(
     Arguments:
         args, kwargs: what the model is called with.
         draws: kept; warmup: steps before them, which adapt step size and mass.
-        init: starting values by site; the prior's mean elsewhere.
+        init: starting values by site; the prior's mean elsewhere, or its median where the mean is not finite, as a half Cauchy's.
         seed: torch's generators are left as they were.
 
     Returns:
@@ -50,7 +50,7 @@ def nuts(
         unknown = sorted(set(init or ()) - set(sites))
         if unknown:
             raise ValueError(f"expected starting values for the sites {sites}, got some for {unknown}")
-        kernel = NUTS(model, init_strategy=init_to_value(values=dict(init or {}), fallback=init_to_mean))
+        kernel = NUTS(model, init_strategy=init_to_value(values=dict(init or {}), fallback=_init_to_centre))
         chain = MCMC(kernel, num_samples=draws, warmup_steps=warmup, disable_progbar=not progress)
         chain.run(*args, **kwargs)
         diagnostics = chain.diagnostics()
@@ -59,3 +59,12 @@ def nuts(
     divergences = len(diagnostics["divergences"]["chain 0"])
     attributes = {"method": "NUTS", "divergences": divergences, "effective_draws": effective, "seed": seed}
     return Posterior(samples, None, model, args, None, attributes)
+
+
+def _init_to_centre(site: Mapping[str, Any]) -> Any:
+    """The prior's mean; Pyro's own strategy takes an infinite one as it is."""
+    try:
+        finite = bool(site["fn"].mean.isfinite().all())
+    except NotImplementedError:
+        finite = False
+    return init_to_mean(site) if finite else init_to_median(site)
