@@ -290,8 +290,8 @@ class PointLinearisation:
     """``Linearised``, of points: the Hessian is Pᵀ Dᵀ h D P.
 
     Arguments:
-        slopes: D, of each point's image in the velocity where it is halfway, ``(N, d, d)``.
-        curvature: h, of each coordinate, ``(N, d)``, mm⁻².
+        slopes: D, of each point's image, whitened, in the velocity where it is halfway, ``(N, d, d)``, mm⁻¹.
+        curvature: h, of each whitened coordinate, ``(N, d)``.
         nodes, shares: P, the corners of each point's cell of the velocity's lattice, flat, and their weights, ``(N, 2^d)``.
         shape: of that lattice.
     """
@@ -496,12 +496,14 @@ class LandmarkTerm:
         half = flow.there(self.points)
         moved = self.affine(flow.whole(self.points))
         value, latents = _maximised(self.similarity, moved, self.landmarks, latents)
-        pulled, curvature = (self.similarity.tempering * x for x in self.similarity.newton(moved, self.landmarks, latents))
+        seen, residual = self.similarity.whitened(moved, self.landmarks, latents)
         nodes, shares = corners(lattice, half)
         onward = flow.there.jacobian(lattice, half.dtype, half.device).flatten(0, -3)
         slopes = self.affine.matrix[:d, :d].to(half) @ torch.einsum("nkab,nk->nab", onward[nodes], shares)
-        gradient = spread(torch.einsum("nad,na->dn", slopes, pulled), nodes, shares, lattice.shape)
-        return PointLinearisation(value, gradient, latents, slopes, curvature, nodes, shares, lattice.shape)
+        # In coordinates in which the errors are white, whatever their covariance.
+        slopes, tempering = self.similarity.whitening(moved, latents).to(half) @ slopes, self.similarity.tempering
+        gradient = spread(torch.einsum("nad,na->dn", slopes, tempering * residual), nodes, shares, lattice.shape)
+        return PointLinearisation(value, gradient, latents, slopes, tempering * seen.to(half), nodes, shares, lattice.shape)
 
 
 def _maximised(similarity: Similarity, moved: Tensor, fixed: Tensor, latents: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:

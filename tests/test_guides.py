@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pyro
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from probmed.fields import GaussianField, cosine_basis, dct
-from probmed.inference import MAP, CompositeGuide, FieldGuide, Posterior, SpectralNormal, automatic, fit, structured
+from probmed.inference import MAP, CompositeGuide, FieldGuide, Posterior, SpectralNormal, automatic, fit, infer, structured
 from probmed.inference.diagnostics import importance, log_ratios
 from probmed.inference.guides import AUTOMATIC
 
@@ -151,24 +152,53 @@ def test_at_the_exact_posterior_every_ratio_is_the_evidence() -> None:
     assert importance(seen_field, guide, y, draws=30).k_hat == -math.inf
 
 
-def test_low_rank_holds_what_a_diagonal_cannot() -> None:
-    """One measurement of a region's mean correlates all DCT coefficients of the posterior: rank 1 reaches the evidence, rank 0 does not."""
-    weights = torch.zeros(1, *SHAPE)
-    weights[0, :2, :2] = 1.0
+CORNER = torch.zeros(1, *SHAPE)
+CORNER[0, :2, :2] = 1.0
 
-    def region_mean(y: Tensor | None = None) -> None:
-        v = pyro.sample("velocity", field(1))
-        pyro.sample("y", dist.Normal((weights * v).sum(), 1.0), obs=y)
 
-    y = torch.tensor(3.0)
+def region_mean(y: Tensor | None = None) -> None:
+    """One measurement, which correlates all DCT coefficients of the posterior."""
+    v = pyro.sample("velocity", field(1))
+    pyro.sample("y", dist.Normal((CORNER.to(v) * v).sum(), 1.0), obs=y)
+
+
+def region_evidence(y: float) -> float:
+    weights = CORNER.double()
     variance = float((weights * field(1).covariance_matvec(weights)).sum()) + 1.0
-    exact = -0.5 * (float(y) ** 2 / variance + math.log(2 * math.pi * variance))
-    gaps = []
+    return -0.5 * (y**2 / variance + math.log(2 * math.pi * variance))
+
+
+def test_low_rank_holds_what_a_diagonal_cannot() -> None:
+    """Rank 1 reaches the evidence, rank 0 does not."""
+    y, gaps = torch.tensor(3.0), []
     for rank, steps in ((0, 400), (2, 1200)):
         guide = structured(region_mean, y, rank=rank)
         fit(region_mean, guide, y, steps=steps, learning_rate=0.05, tolerance_nats=None, seed=1)
-        gaps.append(exact - importance(region_mean, guide, y, draws=200, seed=0).elbo)
+        gaps.append(region_evidence(3.0) - importance(region_mean, guide, y, draws=200, seed=0).elbo)
     assert gaps[1] < 0.3 * gaps[0]
+
+
+def test_infer_gives_its_guides_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    guides: list[CompositeGuide] = []
+
+    def kept(*args: Any, **kwargs: Any) -> CompositeGuide:
+        guides.append(structured(*args, **kwargs))
+        return guides[-1]
+
+    monkeypatch.setattr(sys.modules["probmed.inference.infer"], "structured", kept)
+    for rank in (0, 2):
+        posterior = infer(region_mean, torch.tensor(3.0), rank=rank, steps=3, draws=4)
+        assert posterior.samples["velocity"].shape == (4, 1, *SHAPE)
+        assert guides[-1].parts[0].distribution().rank == rank  # type: ignore[operator]
+
+
+def test_infer_has_no_rank_for_laplace_s_posterior() -> None:
+    class Closed:
+        def em_step(self) -> None: ...
+        def scores(self) -> None: ...
+
+    with pytest.raises(ValueError, match="expected no rank for a Closed.* got 3"):
+        infer(Closed(), torch.zeros(2), rank=3)
 
 
 def with_noise(y: Tensor | None = None) -> None:

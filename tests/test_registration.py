@@ -295,9 +295,11 @@ def test_a_model_draws_its_landmarks_and_labels() -> None:
 
 @pytest.mark.usefixtures("float64")
 @DIMENSIONS
-def test_where_nothing_moves_landmarks_have_autograd_s_gradient(d: int) -> None:
+@pytest.mark.parametrize("tilted", [False, True])
+def test_where_nothing_moves_landmarks_have_autograd_s_gradient(d: int, tilted: bool) -> None:
     lattice = Grid.from_spacing((9, 8, 7)[:d], 5.0)
-    term = LandmarkTerm(Landmarks(torch.rand(7, 1) + 0.5), scattered(d), turned(d)(scattered(d)) + torch.randn(7, d), turned(d))
+    kinds = Landmarks(torch.rand(7, 1) + 0.5), Landmarks(covariance=0.3 * torch.ones(d, d) + torch.eye(d))
+    term = LandmarkTerm(kinds[tilted], scattered(d), turned(d)(scattered(d)) + torch.randn(7, d), turned(d))
     velocity = torch.zeros(d, *lattice.shape).requires_grad_()
     moved = term.affine(Velocity(lattice, velocity)(term.points))
     (exact,) = torch.autograd.grad(term.similarity.distribution(moved, {}).log_prob(term.landmarks), velocity)
@@ -398,23 +400,29 @@ class _Channel(Similarity):
 
 @pytest.mark.usefixtures("float64")
 @DIMENSIONS
-def test_the_posterior_at_landmarks_is_that_of_dense_algebra(d: int) -> None:
-    """Of small displacements and an image that says nothing: regression on a Gaussian field, K (K + sd² I)⁻¹ y, K its covariance there."""
+@pytest.mark.parametrize("tilted", [False, True])
+def test_the_posterior_at_landmarks_is_that_of_dense_algebra(d: int, tilted: bool) -> None:
+    """Of small displacements and an image that says nothing: regression on a Gaussian field, K (K + Σ)⁻¹ y, K its covariance there."""
     grid = Grid.from_spacing((8, 7, 6)[:d], 4.0)
     prior = SmoothVelocity(grid, 1.0, 10.0).prior()
     x, sd = 0.5 * scattered(d), 0.4
     target = 1e-3 * torch.randn(7, d, generator=torch.Generator().manual_seed(1))
     constant = torch.ones(1, *grid.shape)
+    errors = (sd**2 * torch.eye(d)).expand(7, d, d)
+    if tilted:
+        root = 0.3 * torch.randn(7, d, d, generator=torch.Generator().manual_seed(2))
+        errors = root @ root.mT + 0.02 * torch.eye(d)
+    similarity = Landmarks(covariance=errors) if tilted else Landmarks(sd)
     terms: list[Term] = [
         ImageTerm(GaussianNoise(), constant, constant, grid),
-        LandmarkTerm(Landmarks(sd), x, x + target, Affine.identity(d)),
+        LandmarkTerm(similarity, x, x + target, Affine.identity(d)),
     ]
     mode = ascend_field(lambda v: linearise_terms(terms, grid, v), prior, torch.zeros(prior.event_shape), 100, 1e-12)
     units = torch.eye(d * grid.numel).reshape(-1, d, *grid.shape)
     weights = torch.stack([sample(u, grid, x, fill="edge").T for u in units]).flatten(1).T
     whole = prior.precision_matvec(units).flatten(1)
     field = weights @ torch.linalg.solve(whole, weights.T)
-    gain = field @ torch.linalg.inv(field + sd**2 * torch.eye(7 * d))
+    gain = field @ torch.linalg.inv(field + torch.block_diag(*errors))
     found = (Velocity(grid, mode.field)(x) - x).flatten()
     torch.testing.assert_close(found, gain @ target.flatten(), rtol=2e-3, atol=1e-6)
     precision = whole + mode.near.precision(units).flatten(1)

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 CONFUSION = torch.tensor([[0.8, 0.15, 0.05], [0.1, 0.85, 0.05], [0.2, 0.2, 0.6]], dtype=torch.float64)
 
+TILTED = torch.tensor([[4.0, 1.5, -0.5], [1.5, 2.0, 0.3], [-0.5, 0.3, 0.5]], dtype=torch.float64)
+
 BUILDERS: dict[str, Callable[[int], Similarity]] = {
     "gaussian": lambda d: GaussianNoise(2, tempering=0.7),
     "student": lambda d: StudentNoise(3.0, 2, tempering=0.7),
@@ -42,6 +44,7 @@ BUILDERS: dict[str, Callable[[int], Similarity]] = {
     "confusion": lambda d: LabelAgreement(3, confusion=CONFUSION),
     "landmarks": lambda d: Landmarks(2.0),
     "landmarks of unknown accuracy": lambda d: Landmarks(2.0, certainty=3.0, tempering=0.7),
+    "landmarks of a covariance": lambda d: Landmarks(certainty=3.0, tempering=0.7, covariance=TILTED[:d, :d]),
 }
 SITES = {
     "gaussian": {"noise"},
@@ -49,6 +52,7 @@ SITES = {
     "mixture": {"class_means", "class_variances"},
     "labels": {"error"},
     "landmarks of unknown accuracy": {"landmark_scale"},
+    "landmarks of a covariance": {"landmark_scale"},
 }
 
 every_similarity = pytest.mark.parametrize("name", BUILDERS)
@@ -112,6 +116,8 @@ def test_gradient_is_that_of_automatic_differentiation_and_zero_where_missing(na
     seen = observed(moved, fixed)
     if name in ("labels", "confusion"):
         seen = seen.all(0).expand_as(moved)
+    if name == "landmarks of a covariance":
+        seen = seen.all(-1, keepdim=True).expand_as(moved)
     assert (gradient[~seen] == 0).all()
     assert (curvature[~seen] == 0).all()
     assert (curvature[seen] > 0).all()
@@ -213,6 +219,7 @@ def test_trace_has_the_sites_and_observes_with_the_tempering(name: str) -> None:
     torch.testing.assert_close(torch.as_tensor(trace.log_prob_sum()), expected)
     draw = poutine.trace(model).get_trace().nodes["fixed"]["value"]
     missing = moved.isnan() if name not in ("labels", "confusion") else moved.isnan().any(0).expand_as(moved)
+    missing = missing.any(-1, keepdim=True).expand_as(moved) if name == "landmarks of a covariance" else missing
     assert torch.equal(draw.isnan(), missing)
     assert draw.dtype == torch.float64
 
@@ -330,6 +337,9 @@ def test_the_wrong_number_of_channels_is_refused(name: str) -> None:
         lambda: LabelAgreement(3, confusion=2 * CONFUSION),
         lambda: Landmarks(0.0),
         lambda: Landmarks(1.0, certainty=0.0),
+        lambda: Landmarks(covariance=-TILTED),
+        lambda: Landmarks(covariance=TILTED + torch.tensor([[0.0, 0.1, 0], [0, 0, 0], [0, 0, 0]])),
+        lambda: Landmarks(covariance=torch.ones(3)),
         lambda: Landmarks().distribution(torch.zeros(3), {}),
     ],
 )
@@ -703,6 +713,37 @@ def test_landmarks_are_gaussian_points_each_with_its_accuracy() -> None:
     seen = [0, 1, 3, 4]
     torch.testing.assert_close(gradient[seen], (fixed - moved)[seen] / sd[seen, None] ** 2)
     torch.testing.assert_close(curvature[seen], (sd[seen, None] ** -2).expand(4, 3))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_landmarks_of_a_covariance_are_a_dense_normal(each: bool) -> None:
+    """All coordinates as one vector, whose covariance is block-diagonal; gradient and Hessian by algebra."""
+    count, certain = 4, 2.5
+    covariance = TILTED * (1 + torch.rand(count, 1, 1)) if each else TILTED
+    similarity = Landmarks(certainty=3.0, covariance=covariance)
+    moved, fixed = 3 * torch.randn(count, 3), 3 * torch.randn(count, 3)
+    blocks = torch.block_diag(*(certain * covariance.expand(count, 3, 3)))
+    latents = {"landmark_scale": torch.tensor(certain)}
+    dense = torch.distributions.MultivariateNormal(moved.flatten(), blocks)
+    torch.testing.assert_close(log_density(similarity, moved, fixed, latents), dense.log_prob(fixed.flatten()))
+    precision = torch.linalg.inv(blocks)
+    gradient, curvature = similarity.newton(moved, fixed, latents)
+    torch.testing.assert_close(gradient.flatten(), precision @ (fixed - moved).flatten())
+    torch.testing.assert_close(curvature.flatten(), precision.diagonal())
+    white = torch.block_diag(*similarity.whitening(moved, latents))
+    torch.testing.assert_close(white.T @ white, precision)
+    draws = similarity.distribution(moved, latents).sample((40_000,)).flatten(1)
+    error = ((blocks**2 + torch.outer(blocks.diagonal(), blocks.diagonal())) / len(draws)).sqrt()
+    assert ((draws.T.cov() - blocks).abs() < 4.5 * error).all()
+
+
+def test_isotropic_covariances_are_accuracies() -> None:
+    moved, fixed = pair("landmarks", 3, holes=False)
+    plain, full = Landmarks(1.7, certainty=2.0), Landmarks(certainty=2.0, covariance=1.7**2 * torch.eye(3))
+    latents = plain.start(moved, fixed)
+    torch.testing.assert_close(full.start(moved, fixed), latents)
+    torch.testing.assert_close(log_density(full, moved, fixed, latents), log_density(plain, moved, fixed, latents))
+    torch.testing.assert_close(full.newton(moved, fixed, latents), plain.newton(moved, fixed, latents))
 
 
 def test_the_accuracy_of_landmarks_is_at_its_mode() -> None:

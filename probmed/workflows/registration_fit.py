@@ -76,10 +76,15 @@ _SMALLEST_SIDE = 8  # voxels of the coarsest
 
 @dataclass(frozen=True)
 class PointPairs:
-    """Landmarks in the fixed image's world and in the moving one's, mm, ``(N, d)`` float64 each; NaN where one was not found in the moving image."""
+    """Landmarks in the fixed image's world and in the moving one's, mm, ``(N, d)`` float64 each; NaN where one was not found in the moving image.
+
+    Arguments:
+        covariance: of their errors, in the moving world, ``(d, d)`` or ``(N, d, d)`` mm²; None: as the settings have it, alike in all directions.
+    """
 
     fixed: Tensor
     moving: Tensor
+    covariance: Tensor | None = None
 
     def error(self, transform: Transform) -> float:
         """Mean distance of φ(x) to y, mm."""
@@ -162,10 +167,12 @@ class Observations:
             others.append(ImageTerm(agreement, labels.moving, decided(labels.fixed), grid))
             back.append(ImageTerm(agreement, labels.fixed, decided(labels.moving), grid))
         if pair.landmarks is not None:
-            accuracy = Landmarks(settings.landmark_sd_mm)
             x, y = (points.to(fixed) for points in (pair.landmarks.fixed, pair.landmarks.moving))
-            others.append(LandmarkTerm(accuracy, x, y, pair.affine))
-            back.append(LandmarkTerm(accuracy, pair.affine.inverse()(y), x, Affine.identity(grid.ndim)))
+            others.append(LandmarkTerm(_accuracy(pair.landmarks.covariance, settings), x, y, pair.affine))
+            returning = pair.affine.inverse()
+            turn = returning.matrix[: grid.ndim, : grid.ndim].double()
+            errors = None if pair.landmarks.covariance is None else turn @ pair.landmarks.covariance.double() @ turn.T
+            back.append(LandmarkTerm(_accuracy(errors, settings), returning(y), x, Affine.identity(grid.ndim)))
         made = cls(ImageTerm(similarity, moving, fixed, grid), others, back if settings.symmetric else [])
         if coarser is not None:
             for term, before in zip(made.untempered(settings), coarser.untempered(settings), strict=True):
@@ -184,6 +191,10 @@ class Observations:
         labels = [term for term in self.others if isinstance(term, ImageTerm)]
         given = settings.tempering is not None or settings.similarity == "correlation"
         return labels if given else [self.image, *labels]
+
+
+def _accuracy(covariance: Tensor | None, settings: RegistrationSettings) -> Landmarks:
+    return Landmarks(settings.landmark_sd_mm) if covariance is None else Landmarks(covariance=(covariance + covariance.mT) / 2)
 
 
 def decided(shares: Tensor) -> Tensor:
