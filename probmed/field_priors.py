@@ -60,12 +60,13 @@ class PrincipalField(FieldPrior):
             raise ValueError(f"expected two fields or more, got {len(fields)}")
         mean = fields.mean(0)
         departures = (fields - mean).flatten(1).double()
-        # N fields span N − 1 dimensions, however many voxels they have, and no more than these.
-        values, vectors = torch.linalg.eigh(departures @ departures.mT / (len(fields) - 1))
-        kept = min(count or len(fields) - 1, len(fields) - 1, departures.shape[1])
-        scale = ((len(fields) - 1) * values[-kept:].flip(0)).clamp_min(0)
-        directions = vectors[:, -kept:].flip(1).mT @ departures / scale.clamp_min(1e-300).sqrt()[:, None]
-        components = directions * values[-kept:].flip(0).clamp_min(0).sqrt()[:, None]
+        # N fields span N − 1 dimensions, however many voxels they have, and no more than these: the smaller matrix has the same eigenvalues.
+        dimensions = departures.shape[1]
+        kept = min(count or len(fields) - 1, len(fields) - 1, dimensions)
+        few = len(fields) <= dimensions
+        values, vectors = torch.linalg.eigh((departures @ departures.mT if few else departures.mT @ departures) / (len(fields) - 1))
+        values, vectors = values[-kept:].flip(0).clamp_min(0)[:, None], vectors[:, -kept:].flip(1).mT
+        components = vectors @ departures / (len(fields) - 1) ** 0.5 if few else vectors * values.sqrt()
         return cls(mean, components.to(fields).unflatten(1, fields.shape[1:]), site)
 
     def evaluate(self, scores: Tensor) -> Tensor:

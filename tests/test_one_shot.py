@@ -40,6 +40,15 @@ def test_all_principal_components_are_the_sample_covariance() -> None:
     torch.testing.assert_close(PrincipalField.fit(fields, 2).components, prior.components[:2])
 
 
+def test_of_more_fields_than_dimensions_every_dimension_is_a_component() -> None:
+    fields = torch.randn(9, 2, 3)
+    prior = PrincipalField.fit(fields)
+    rows = prior.components.flatten(1)
+    assert len(rows) == 6
+    torch.testing.assert_close(rows.mT @ rows, fields.flatten(1).mT.cov())
+    torch.testing.assert_close(PrincipalField.fit(fields, 2).components, prior.components[:2])
+
+
 def test_fields_of_two_factors_need_two_components() -> None:
     directions, scores = torch.randn(2, 1, 30), torch.randn(400, 2)
     fields = 3 + torch.einsum("nj,jcx->ncx", scores * torch.tensor([4.0, 1.0]), directions)
@@ -177,7 +186,7 @@ def simulated_affines(count: int, centre: Tensor) -> tuple[tuple[Affine, ...], T
     generator = torch.Generator().manual_seed(5)
     root = torch.randn(6, 3, generator=generator) * torch.tensor([1.5, 1.5, 0.05, 0.08, 0.08, 0.03])[:, None]
     drawn = PARAMETERS + torch.randn(count, 3, generator=generator) @ root.mT
-    return tuple(Affine.exp(each, 2, centre) for each in drawn), root @ root.mT
+    return tuple(map(Affine, Affine.exp(drawn, 2, centre).matrix)), root @ root.mT
 
 
 def test_mean_and_covariance_of_affine_maps_are_recovered_and_draws_follow_them() -> None:

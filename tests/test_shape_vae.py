@@ -52,6 +52,7 @@ from probmed.workflows.shapes import (
     read_label_maps,
     refine,
     segment_with_shapes,
+    usual_bias,
 )
 
 pytestmark = pytest.mark.usefixtures("float64", "local_parameters")
@@ -347,6 +348,35 @@ def test_reader_learns_from_scans_without_labels_and_leaves_the_prior(trained: T
 def brief() -> TrainedShapes:
     """Two steps of training."""
     return fit_shapes(ellipses(20, 0), GRID, (0, 7), NAMES, ShapeSettings(2, 4, warm_up=2), TrainingSettings(2, every=1))[0]
+
+
+def test_a_bias_field_of_each_scan_is_found_unless_there_is_none() -> None:
+    """Shapes that are known but for their borders, in a scan whose one side is brighter by half."""
+    trained, labels = brief(), ellipses(1, 5)[0]
+    ramp = torch.linspace(-0.25, 0.25, GRID.shape[0])[:, None].expand(GRID.shape)
+    image = scan(labels, 0.8, 0) * ramp.exp()
+    alone = GaussianMixture([1, 1])
+    model, flat = trained.model(appearance=alone, grid=GRID), trained.model(appearance=alone, bias=None)
+    assert flat.bias is None and model.bias is not None and model.bias.domain == GRID
+    found, without = (fit_scan(trained, image, GRID, model=each, steps=10) for each in (model, flat))
+    assert "bias" not in without.state
+    log_bias = model.bias.evaluate(found.state["bias"], GRID)[0]
+    # β times the image is free of bias, but for a constant.
+    assert float(torch.stack([log_bias.flatten(), -ramp.flatten()]).corrcoef()[0, 1]) > 0.9
+    assert float(log_bias.std()) == pytest.approx(float(ramp.std()), rel=0.35)
+    assert found.refined > without.refined + 5
+    own = BiasField(cutoff_mm=20.0)
+    assert trained.model(bias=own).bias is own
+    # Without a grid the field runs over that of each scan, whatever its size.
+    assert [trained.model().bias.counts(grid) for grid in (GRID, GRID.at_spacing(1.0))] == [(2, 2), (2, 2)]  # type: ignore[union-attr]
+    assert usual_bias(2, GRID).channels == 2
+
+
+def test_a_scan_is_segmented_with_a_bias_field_by_default() -> None:
+    trained, labels = brief(), ellipses(1, 5)[0]
+    volume = Volume.from_grid(scan(labels, 0.8, 0)[0].float(), GRID)
+    assert segment_with_shapes(trained, volume, steps=2).fit.state["bias"].shape == (1, 3)
+    assert "bias" in fit_scan(trained, volume.data[None].double(), GRID, steps=2).state
 
 
 def test_warm_up_changes_the_training_and_not_the_bounds() -> None:

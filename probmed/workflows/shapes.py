@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -113,6 +113,15 @@ def mean_atlas(labels: Tensor, classes: int) -> Tensor:
     return (shares / shares.sum(0)).log()
 
 
+def usual_bias(channels: int = 1, grid: Grid | None = None) -> BiasField:
+    """The scanner's field as generative segmentation has it (``BiasField``'s cosines down to 60 mm, SPM's).
+
+    Arguments:
+        grid: over whose field of view the cosines run; by default that of each grid on which the field is asked for.
+    """
+    return BiasField(channels=channels, domain=grid)
+
+
 @dataclass
 class TrainedShapes:
     """A shape prior with its guides.
@@ -154,10 +163,21 @@ class TrainedShapes:
         return cls(settings, tuple(int(code) for code in codes), shapes, guide, copy.deepcopy(guide))
 
     def model(
-        self, channels: int = 1, appearance: GaussianMixture | None = None, bias: BiasField | None = None, tempering: float = 1.0
+        self,
+        channels: int = 1,
+        appearance: GaussianMixture | None = None,
+        bias: BiasField | Literal["default"] | None = "default",
+        tempering: float = 1.0,
+        grid: Grid | None = None,
     ) -> Segmentation:
-        """p(I | S) p(S | z) p(z); the usual appearance of labels of these names by default."""
-        return Segmentation(self.shapes, appearance or GaussianMixture.for_labels(self.shapes.names, channels), bias, tempering)
+        """p(I | S) p(S | z) p(z), with the appearance and the bias field found anew for each scan.
+
+        Arguments:
+            appearance: the usual one of labels of these names by default. bias: ``usual_bias`` by default; None for none.
+            grid: over whose field of view the usual bias field runs; by default that of each scan.
+        """
+        field = usual_bias(channels, grid) if isinstance(bias, str) else bias
+        return Segmentation(self.shapes, appearance or GaussianMixture.for_labels(self.shapes.names, channels), field, tempering)
 
     def atlas(self) -> FixedAtlas:
         """The mean atlas alone: the prior without codes, to compare with."""
@@ -416,7 +436,7 @@ def fit_scan(
     Where the model's shapes are deformed too, all latents go to a mode by EM and gradients before, the mean shape's place is taken by the mode's, and
     the deformation stays there.
     """
-    model = model or trained.model(channels=len(image))
+    model = model or trained.model(channels=len(image), grid=grid)
     guide = ImageShapeGuide(model, trained.reader)
     state = guide.start(image, grid)
     if set(state) - {"shape_code", *model.closed_form_sites}:
@@ -468,7 +488,8 @@ def segment_with_shapes(
     """
     if volume.grid.ndim != trained.grid.ndim:
         raise UnusableInput(volume.name, f"has {volume.grid.ndim} axes, and the shapes have {trained.grid.ndim}", "give other shapes or scans")
-    model, grid = model or trained.model(), in_own_world(volume.grid)
+    grid = in_own_world(volume.grid)
+    model = model or trained.model(grid=grid)
     image = scaled(volume.data)[None].to(trained.log_atlas)
     fit = fit_scan(trained, image, grid, model=model, steps=steps, seed=seed)
     drawn = label_draws(model, fit, image, grid, draws, seed)
