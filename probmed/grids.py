@@ -112,6 +112,12 @@ class Grid:
         """World millimetres ``(..., d)`` to (fractional) voxel indices."""
         return _apply(self.inverse_affine, points)
 
+    def holds(self, points: Tensor) -> Tensor:
+        """Whether points ``(*size, d)`` mm lie in the field of view, ``(*size,)`` bool."""
+        voxels = self.world_to_voxel(points)
+        top = torch.tensor(self.shape, dtype=points.dtype, device=points.device) - 0.5
+        return ((voxels >= -0.5) & (voxels <= top)).all(-1)
+
     def positions_of(self, other: Grid) -> list[Tensor]:
         """Where the voxels of a grid with the same axes lie on this one's, in voxels: ``(other.shape[a],)`` float64 for each axis a.
 

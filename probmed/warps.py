@@ -33,6 +33,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -218,32 +219,73 @@ class TransformFile:
         return TransformFile(self.path, not self.inverted)
 
 
-def read_transforms(files: Sequence[PathLike | TransformFile]) -> Transform:
-    """Compose files in the order of ``antsApplyTransforms -t FILES[0] -t FILES[1] …``.
-
-    The last one is the first to move the image: ``x ↦ FILES[-1](… FILES[0](x))``.
+@dataclass(frozen=True)
+class TransformList:
+    """Files in the order of ``antsApplyTransforms -t FILES[0] -t FILES[1] …``, read.
 
     Arguments:
-        files: paths, or ``"[PATH,1]"`` for the inverse of one.
+        transforms: of each, after an inversion that its file asks for; all of one dimension.
+    """
 
-    Returns:
-        Fixed world to moving world, RAS mm.
+    files: tuple[TransformFile, ...]
+    transforms: tuple[Transform, ...]
+
+    @classmethod
+    def read(cls, files: Sequence[PathLike | TransformFile]) -> TransformList:
+        """
+        Arguments:
+            files: paths, or ``"[PATH,1]"`` for the inverse of one.
+
+        Raises:
+            ValueError: for no files.
+            UnusableInput: as ``read_transform``, and where two are of different dimensions or a warp has no inverse.
+        """
+        if not files:
+            raise ValueError("expected at least one file, got none")
+        parsed = [file if isinstance(file, TransformFile) else TransformFile.parse(file) for file in files]
+        transforms: list[Transform] = []
+        for file in parsed:
+            transforms.append(file.read())
+            if transforms[-1].ndim != transforms[0].ndim:
+                fault = f"is {_of(transforms[-1].ndim)}, and {parsed[0].path} is {_of(transforms[0].ndim)}"
+                raise UnusableInput(file.path, fault, "give transforms of one dimension")
+        return cls(tuple(parsed), tuple(transforms))
+
+    @property
+    def ndim(self) -> int:
+        return self.transforms[0].ndim
+
+    @property
+    def whole(self) -> Transform:
+        """Fixed world to moving world, RAS mm: ``x ↦ FILES[-1](… FILES[0](x))``, so that the last one is the first to move the image."""
+        return reduce(lambda before, following: following @ before, self.transforms)
+
+    def check_place(self, points: Tensor, what: str) -> None:
+        """Refuse a warp that belongs to another place: where none of the points that come to it lies in its field, it would be its edge alone.
+
+        Arguments:
+            points: ``(..., d)`` mm, of the fixed world. what: they are, in words.
+
+        Raises:
+            UnusableInput: naming the warp's file.
+        """
+        for file, transform in zip(self.files, self.transforms, strict=True):
+            if isinstance(transform, Displacement) and points.numel() and not bool(transform.grid.holds(points).any()):
+                middle = transform.grid.voxel_to_world((torch.tensor(transform.grid.shape, dtype=torch.float64) - 1) / 2)
+                distance = float((points.reshape(-1, self.ndim).double().mean(0) - middle).norm())
+                fault = f"is a warp of another place: its field holds nothing of {what}, whose middle is {distance:.0f} mm from its own"
+                remedy = "give the warp that was made for this place, and check the order and the direction of all transforms (--invert)"
+                raise UnusableInput(file.path, fault, remedy)
+            points = transform(points)
+
+
+def read_transforms(files: Sequence[PathLike | TransformFile]) -> Transform:
+    """``TransformList.read`` as one transform, fixed world to moving world, RAS mm.
 
     Raises:
-        ValueError: for no files.
-        UnusableInput: as ``read_transform``, and where two are of different dimensions or a warp has no inverse.
+        ValueError, UnusableInput: as ``TransformList.read``.
     """
-    if not files:
-        raise ValueError("expected at least one file, got none")
-    parsed = [file if isinstance(file, TransformFile) else TransformFile.parse(file) for file in files]
-    composed = parsed[0].read()
-    for file in parsed[1:]:
-        following = file.read()
-        if following.ndim != composed.ndim:
-            fault = f"is {_of(following.ndim)}, and {parsed[0].path} is {_of(composed.ndim)}"
-            raise UnusableInput(file.path, fault, "give transforms of one dimension")
-        composed = following @ composed
-    return composed
+    return TransformList.read(files).whole
 
 
 def inverse_at(transform: Transform, points: Tensor, tolerance_mm: float = 1e-5) -> Tensor:

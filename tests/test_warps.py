@@ -557,6 +557,17 @@ def test_help() -> None:
     assert "[FILE,1]" in result.stdout
 
 
+def test_a_warp_is_where_what_comes_to_it_is(files: Path) -> None:
+    """Far from the scan, but not from where an affine map before it brings the scan's points."""
+    elsewhere()
+    with pytest.raises(AssertionError):
+        done("image.nii.gz", "-t", "other.nii.gz", "-r", "image.nii.gz", "-o", "o.nii.gz")
+    done("image.nii.gz", "-t", "there.txt", "-t", "other.nii.gz", "-t", "[there.txt,1]", "-r", "image.nii.gz", "-o", "o.nii.gz")
+    write_affine("by_one.txt", Affine.exp(torch.tensor([1.0, 1, 1, 0, 0, 0])))
+    done("image.nii.gz", "-t", "by_one.txt", "-r", "image.nii.gz", "-o", "expected.nii.gz")
+    np.testing.assert_allclose(voxels("o.nii.gz"), voxels("expected.nii.gz"), atol=1e-3)
+
+
 # Bad input.
 
 
@@ -658,6 +669,20 @@ def far() -> None:
     write_affine("far.txt", Affine.exp(torch.tensor([500.0, 0, 0, 0, 0, 0])))
 
 
+def elsewhere() -> None:
+    """A warp of a scan 300 mm away, and the affine map that takes this one there."""
+    grid, shift = GRIDS["straight"](3), torch.eye(4, dtype=torch.float64)
+    shift[0, 3] = 300
+    moved = grid.transformed(shift)
+    write_warp("other.nii.gz", Displacement(moved, torch.ones(3, *moved.shape)), moved)
+    write_affine("there.txt", Affine(shift))
+
+
+def elsewhere_with_points() -> None:
+    elsewhere()
+    table("x,y,z\n1,2,3\n")
+
+
 def fold() -> None:
     grid = GRIDS["straight"](3)
     write_warp("fold.nii.gz", Displacement(grid, 30 * torch.randn(3, *grid.shape)), grid)
@@ -709,6 +734,27 @@ COMMAND_FAULTS: dict[str, Fault] = {
         far,
         "image.nii.gz -t far.txt" + ON,
         ("image.nii.gz: does not overlap image.nii.gz", "--invert"),
+    ),
+    "warp of another place": (
+        elsewhere,
+        "image.nii.gz -t other.nii.gz" + ON,
+        ("other.nii.gz: is a warp of another place", "holds nothing of image.nii.gz", "300 mm from its own", "--invert"),
+    ),
+    "warp of another place, composed": (
+        elsewhere,
+        "--compose -t a3.mat -t other.nii.gz -r image.nii.gz -o o.nii.gz",
+        ("other.nii.gz: is a warp of another place",),
+    ),
+    "warp of another place, inverted": (elsewhere, "image.nii.gz -t other.nii.gz --invert" + ON, ("other.nii.gz: is a warp of another place",)),
+    "points of another place": (
+        elsewhere_with_points,
+        "--points p.csv -t other.nii.gz -o o.csv",
+        ("other.nii.gz: is a warp of another place", "holds nothing of p.csv"),
+    ),
+    "points of another place, inverted": (
+        elsewhere_with_points,
+        "--points p.csv -t other.nii.gz -o o.csv --invert",
+        ("other.nii.gz: is a warp of another place",),
     ),
     "folded": (
         fold,

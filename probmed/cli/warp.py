@@ -23,7 +23,7 @@ from probmed.transforms import Transform
 from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, write_labels, write_scan
 from probmed.volumes.files import image_suffix
 from probmed.volumes.formats import decode, spatial_shape
-from probmed.warps import TransformFile, inverse_at, read_transforms, write_warp
+from probmed.warps import TransformFile, TransformList, inverse_at, write_warp
 
 _SLAB = 1 << 20  # voxels moved at once
 
@@ -38,10 +38,10 @@ class _Request:
     out: Path
     inputs: tuple[Path, ...]
 
-    def read(self) -> Transform:
-        """All transforms as one, reference world to the image's world, mm."""
+    def read(self) -> TransformList:
+        """All transforms, reference world to the image's world, mm."""
         files = self.transforms
-        return read_transforms([file.inverse() for file in reversed(files)] if self.invert else files)
+        return TransformList.read([file.inverse() for file in reversed(files)] if self.invert else files)
 
 
 def warp(
@@ -157,10 +157,11 @@ def _move_image(request: _Request, image_path: Path, reference_path: Path) -> st
     """Write the image on the reference's voxels; give what was done."""
     image = read_labels(image_path) if request.labels else read_scan(image_path)
     reference = _read_place(reference_path)
-    transform = request.read()
-    source = _placed(image, image_path, transform, request)
-    target = _placed(reference, reference_path, transform, request)
-    data, share = pulled(source.data, source.grid, transform, target.grid, "nearest" if request.labels else "linear")
+    transforms = request.read()
+    source = _placed(image, image_path, transforms.ndim, request)
+    target = _placed(reference, reference_path, transforms.ndim, request)
+    transforms.check_place(_some_of(target.grid), str(reference_path))
+    data, share = pulled(source.data, source.grid, transforms.whole, target.grid, "nearest" if request.labels else "linear")
     if share == 0:
         remedy = "check the order and the direction of the transforms (--invert), and that all are of one subject"
         raise UnusableInput(reference_path, f"does not overlap {image_path} after the transform", remedy)
@@ -201,9 +202,10 @@ def pulled(image: Tensor, source: Grid, transform: Transform, target: Grid, mode
 
 def _compose(request: _Request, reference_path: Path) -> str:
     """Write all transforms as one field over the reference; give what was done."""
-    transform = request.read()
-    target = _placed(_read_place(reference_path), reference_path, transform, request)
-    write_warp(request.out, transform, target.grid, protect=request.inputs)
+    transforms = request.read()
+    target = _placed(_read_place(reference_path), reference_path, transforms.ndim, request)
+    transforms.check_place(_some_of(target.grid), str(reference_path))
+    write_warp(request.out, transforms.whole, target.grid, protect=request.inputs)
     count = len(request.transforms)
     return f"{count} transform{'s' * (count > 1)} as one warp over {reference_path}"
 
@@ -211,19 +213,20 @@ def _compose(request: _Request, reference_path: Path) -> str:
 def _move_points(request: _Request, path: Path) -> str:
     """Write the table with its points moved; give what was done."""
     table = read_table(path)
-    transform = read_transforms(request.transforms)
-    names = list(AXES[: transform.ndim])
+    transforms = TransformList.read(request.transforms)
+    names = list(AXES[: transforms.ndim])
     missing = [name for name in names if name not in table.columns]
-    if missing or (transform.ndim == 2 and "z" in table.columns):
+    if missing or (transforms.ndim == 2 and "z" in table.columns):
         wrong = f"has no column {missing[0]}" if missing else "has a column z"
-        fault = f"{wrong}, and {request.transforms[0].path} is {_of(transform.ndim)}"
+        fault = f"{wrong}, and {request.transforms[0].path} is {_of(transforms.ndim)}"
         raise UnusableInput(path, fault, f"give columns {', '.join(names)} in mm, RAS")
     given = coordinates(path, table, names)
     try:
-        moved = transform(given) if request.invert else inverse_at(transform, given)
+        moved = transforms.whole(given) if request.invert else inverse_at(transforms.whole, given)
     except ValueError as error:
         remedy = "remove the points far from the image, or give the file of the inverse with --invert"
         raise UnusableInput(path, f"cannot be carried ({error})", remedy) from error
+    transforms.check_place(given if request.invert else moved, str(path))
     for column, values in zip(names, moved.T.tolist(), strict=True):
         table[column] = [f"{value:.6f}" for value in values]
     separator = SEPARATORS[request.out.suffix.lower()]
@@ -241,14 +244,19 @@ def _read_place(path: Path) -> Volume:
     return Volume(torch.zeros(shape), grid, stored.affine, stored.header, path, file_shape)
 
 
-def _placed(volume: Volume, path: Path, transform: Transform, request: _Request) -> Volume:
-    """The volume in the transform's dimension: a slice as one layer of voxels, or flat in the axial plane.
+def _some_of(grid: Grid) -> Tensor:
+    """Points of a grid, at most 32 along each axis, its ends' among them or less than a step away, ``(..., d)`` mm."""
+    return grid.subsampled([-(-n // 32) for n in grid.shape]).coordinates(torch.float64)
+
+
+def _placed(volume: Volume, path: Path, ndim: int, request: _Request) -> Volume:
+    """The volume in the transforms' dimension: a slice as one layer of voxels, or flat in the axial plane.
 
     Raises:
         UnusableInput: for a two-dimensional transform and a volume, or a slice that is not axial.
     """
     solid = volume.as_3d()
-    if transform.ndim == 3:
+    if ndim == 3:
         return solid
     warp_path = request.transforms[0].path
     if solid.shape[2] > 1:

@@ -11,7 +11,7 @@ from probmed.tables import read_table
 from probmed.tables.points import AXES, coordinates
 from probmed.volumes import UnusableInput, Volume, read_labels
 from probmed.workflows.propagation import check_same_grid
-from probmed.workflows.registration import PointPairs, holds
+from probmed.workflows.registration import PointPairs
 
 
 def read_landmarks(path: Path, moving: Volume, fixed: Volume) -> PointPairs:
@@ -27,7 +27,7 @@ def read_landmarks(path: Path, moving: Volume, fixed: Volume) -> PointPairs:
         raise UnusableInput(path, f"has no column {missing[0]}", f"give columns {', '.join((*names[0], *names[1]))} in mm, RAS")
     points = [coordinates(path, table, columns) for columns in names]
     for volume, there in ((fixed, points[0]), (moving, points[1])):
-        inside = holds(volume.grid, there)
+        inside = volume.grid.holds(there)
         if not bool(inside.all()):
             row = int((~inside).nonzero()[0])
             place = ", ".join(f"{value:.4g}" for value in there[row].tolist())

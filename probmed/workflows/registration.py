@@ -368,14 +368,7 @@ def check_pair(moving: Volume, fixed: Volume, settings: RegistrationSettings, pl
 def overlap(a: Grid, b: Grid) -> float:
     """Share of b's field of view that lies inside a's, by at most 32 points an axis."""
     coarse = b.subsampled([-(-n // 32) for n in b.shape])
-    return float(holds(a, coarse.coordinates(torch.float64)).double().mean())
-
-
-def holds(grid: Grid, points: Tensor) -> Tensor:
-    """Whether points ``(*size, d)`` mm lie in the field of view, ``(*size,)`` bool."""
-    voxels = grid.world_to_voxel(points)
-    top = torch.tensor(grid.shape, dtype=points.dtype) - 0.5
-    return ((voxels >= -0.5) & (voxels <= top)).all(-1)
+    return float(a.holds(coarse.coordinates(torch.float64)).double().mean())
 
 
 def _middle(grid: Grid) -> Tensor:
