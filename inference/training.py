@@ -104,25 +104,8 @@ def train(
         rate = settings.learning_rate * SCHEDULES[settings.schedule](step / settings.steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        own = (settings.seed * 1_000_003 + step) * fabric.world_size + fabric.global_rank
-        with seeded(own, devices):
-            # Not of the same seed: data and draws would be the same numbers.
-            batch = batches(torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
-            optimiser.zero_grad(set_to_none=True)
-            value = loss(batch)
-            if not bool(torch.isfinite(value)):
-                raise NotFinite(step + 1, ["the loss"])
-            fabric.backward(value)
-        if fabric.world_size > 1:
-            for p in parameters.values():
-                p.grad = fabric.all_reduce(p.grad if p.grad is not None else torch.zeros_like(p), reduce_op="mean")  # type: ignore[assignment]
-        limit = math.inf if settings.clip_norm is None else settings.clip_norm
-        norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), limit))
-        if not math.isfinite(norm):
-            broken = [name for name, p in parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-            raise NotFinite(step + 1, [f"gradient of {', '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}"])
-        optimiser.step()
-        losses.append(float(value.detach()))
+        value, norm = _gradient_step(loss, batches, parameters, optimiser, settings, step, fabric, devices)
+        losses.append(value)
         greatest = max(greatest, norm)
         if (step + 1) % settings.every == 0 or step + 1 == settings.steps:
             since = losses[(step // settings.every) * settings.every :]
@@ -137,6 +120,42 @@ def train(
                 _write_log(path.with_name("log.csv"), log)
             tell(row, (step + 1) / settings.steps)
     return log
+
+
+def _gradient_step(
+    loss: Callable[[Any], Tensor],
+    batches: Callable[[torch.Generator], Any],
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    step: int,
+    fabric: Fabric,
+    devices: Sequence[int],
+) -> tuple[float, float]:
+    """One step of the optimiser on a batch of the step's own; the loss before it, and the gradient's norm.
+
+    Raises:
+        NotFinite: as ``train``.
+    """
+    own = (settings.seed * 1_000_003 + step) * fabric.world_size + fabric.global_rank
+    with seeded(own, devices):
+        # Not of the same seed: data and draws would be the same numbers.
+        batch = batches(torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
+        optimiser.zero_grad(set_to_none=True)
+        value = loss(batch)
+        if not bool(torch.isfinite(value)):
+            raise NotFinite(step + 1, ["the loss"])
+        fabric.backward(value)
+    if fabric.world_size > 1:
+        for p in parameters.values():
+            p.grad = fabric.all_reduce(p.grad if p.grad is not None else torch.zeros_like(p), reduce_op="mean")  # type: ignore[assignment]
+    limit = math.inf if settings.clip_norm is None else settings.clip_norm
+    norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), limit))
+    if not math.isfinite(norm):
+        broken = [name for name, p in parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+        raise NotFinite(step + 1, [f"gradient of {', '.join(broken[:3])}{' and more' if len(broken) > 3 else ''}"])
+    optimiser.step()
+    return float(value.detach()), norm
 
 
 def _write_log(path: Path, rows: Sequence[Row]) -> None:

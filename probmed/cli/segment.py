@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,35 +137,42 @@ def segment(
         progress.say(str(error))
         raise typer.Exit(2) from error
     request = Request(maps, out, draws, samples, device.value, seed, quiet, protect, networks)
-    failures: list[tuple[str, str]] = []
-    unforeseen = False
-    taken: dict[str, Subject] = {}
     try:
-        for number, subject in enumerate(subjects, start=1):
-            label = subject.stem if len(subjects) == 1 else f"{number}/{len(subjects)} {subject.stem}"
-            try:
-                twin = taken.get(subject.stem)
-                if twin is not None:
-                    remedy = "rename one, or segment them into different folders"
-                    raise UnusableInput(
-                        subject.name, f"would have outputs of the same names as {twin.name}", remedy
-                    )
-                taken[subject.stem] = subject
-                said = _by_networks(subject, request, label) if networks else _summary(subject, segment_subject(subject, request, label), out)
-            except Exception as error:  # a list goes on, whatever happened to one of its scans
-                line = progress.failure_line(error, subject.name, debug)
-                unforeseen |= not isinstance(error, UnusableInput)
-                failures.append((subject.name, line))
-                progress.say(line)
-                continue
-            if not quiet:
-                typer.echo(said)
+        failures, unforeseen = _each(subjects, request, debug)
     finally:
         remove_if_empty(made)
     if failures and len(subjects) > 1:
         progress.failure_table(failures, len(subjects))
     if failures:
         raise typer.Exit(2 if len(failures) == len(subjects) and not unforeseen else 1)
+
+
+def _each(subjects: Sequence[Subject], request: Request, debug: bool) -> tuple[list[tuple[str, str]], bool]:
+    """Segment one after another; which failed and why, and whether one did for another reason than its input."""
+    failures: list[tuple[str, str]] = []
+    unforeseen = False
+    taken: dict[str, Subject] = {}
+    for number, subject in enumerate(subjects, start=1):
+        label = subject.stem if len(subjects) == 1 else f"{number}/{len(subjects)} {subject.stem}"
+        try:
+            twin = taken.get(subject.stem)
+            if twin is not None:
+                remedy = "rename one, or segment them into different folders"
+                raise UnusableInput(subject.name, f"would have outputs of the same names as {twin.name}", remedy)
+            taken[subject.stem] = subject
+            if request.networks:
+                said = _by_networks(subject, request, label)
+            else:
+                said = _summary(subject, segment_subject(subject, request, label), request.out)
+        except Exception as error:  # a list goes on, whatever happened to one of its scans
+            line = progress.failure_line(error, subject.name, debug)
+            unforeseen |= not isinstance(error, UnusableInput)
+            failures.append((subject.name, line))
+            progress.say(line)
+            continue
+        if not request.quiet:
+            typer.echo(said)
+    return failures, unforeseen
 
 
 def _networks(models: list[str]) -> tuple[Any, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
@@ -113,11 +114,7 @@ def segmentation(
     """
     with progress.in_one_line(str(data), debug) as made:
         check_device(device)
-        if cross_validate and examples in (Examples.one_shot, Examples.carried):
-            raise UnusableInput(data, f"has labels of one scan for --examples {examples.value}", "leave out --cross-validate")
-        table, named = read_table(data), {} if names is None else read_names(names)
-        check_columns(data, table, ["scan", "labels"])
-        parts = _parts(table, data, out, fold, cross_validate)
+        parts, named = _parts(data, out, examples, fold, cross_validate), {} if names is None else read_names(names)
         check_runs(list(parts), resume)
         runs, supervision, sets, training_of = (
             importlib.import_module(f"probmed.{name}")
@@ -130,24 +127,9 @@ def segmentation(
         run = runs.SegmenterRun(
             supervision.SegmenterSettings(network.value, dropout, adversary=adversary, mixed_precision=mixed_precision),
             training_of.TrainingSettings(steps, learning_rate, schedule.value, seed=seed, every=every),
-            examples.value,
-            sets.Augmentation() if augment else None,
-            batch,
-            spacing,
-            named,
+            *(examples.value, sets.Augmentation() if augment else None, batch, spacing, named),
         )
-        fabric = training_of.Fabric(accelerator="cuda" if device is Device.cuda else device.value, devices=1)
-        fabric.launch()
-        scores = []
-        for folder, (rows, held) in parts.items():
-            with progress.collected_warnings([str(data)]), progress.progress_bar(folder.name, quiet) as tell:
-                trained, log = run.train(rows, data, folder, held, fabric, tell)
-                if cross_validate:
-                    tell("scoring", 1.0)
-                    scores.append(runs.scored(trained, held, data).assign(fold=_fold_of(folder)))
-            if not quiet:
-                numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "nll"))
-                typer.echo(f"{folder}: {int(log[-1]['step'])} steps, {numbers}")
+        scores = [rows for rows in _trained(run, parts, data, device, cross_validate, quiet) if rows is not None]
         if scores:
             said = _write_scores(scores, out)
             if not quiet:
@@ -155,18 +137,41 @@ def segmentation(
 
 
 def _parts(
-    table: pd.DataFrame, data: Path, out: Path, fold: str | None, cross_validate: bool
+    data: Path, out: Path, examples: Examples, fold: str | None, cross_validate: bool
 ) -> dict[Path, tuple[pd.DataFrame, pd.DataFrame | None]]:
-    """The folder of each run, with the rows that it trains on and those that score it.
+    """The folder of each run, with the rows of the table that it trains on and those that score it.
 
     Raises:
-        UnusableInput: for both options at once, and as ``tables.folds``.
+        UnusableInput: for a table without scans or labels, options that exclude each other, and as ``tables.folds``.
     """
-    if not cross_validate:
-        return {out: (table, None) if fold is None else parts_of(table, data, fold)}
-    if fold is not None:
+    if cross_validate and examples in (Examples.one_shot, Examples.carried):
+        raise UnusableInput(data, f"has labels of one scan for --examples {examples.value}", "leave out --cross-validate")
+    if cross_validate and fold is not None:
         raise UnusableInput(data, f"has fold {fold} for --fold, and all of them for --cross-validate", "give one of the two options")
-    return {out / f"fold-{name}": (rows, held) for name, rows, held in folds(table, data)}
+    table = read_table(data)
+    check_columns(data, table, ["scan", "labels"])
+    if cross_validate:
+        return {out / f"fold-{name}": (rows, held) for name, rows, held in folds(table, data)}
+    return {out: (table, None) if fold is None else parts_of(table, data, fold)}
+
+
+def _trained(
+    run: Any, parts: Mapping[Path, tuple[pd.DataFrame, pd.DataFrame | None]], data: Path, device: Device, cross_validate: bool, quiet: bool
+) -> Iterator[pd.DataFrame | None]:
+    """Train in one folder after another; how well each network labels the scans of its fold, for a cross-validation."""
+    runs, training_of = (importlib.import_module(f"probmed.{name}") for name in ("workflows.segmenter_runs", "inference.training"))
+    fabric = training_of.Fabric(accelerator="cuda" if device is Device.cuda else device.value, devices=1)
+    fabric.launch()
+    for folder, (rows, held) in parts.items():
+        with progress.collected_warnings([str(data)]), progress.progress_bar(folder.name, quiet) as tell:
+            trained, log = run.train(rows, data, folder, held, fabric, tell)
+            if cross_validate:
+                tell("scoring", 1.0)
+            scores = runs.scored(trained, held, data).assign(fold=_fold_of(folder)) if cross_validate else None
+        if not quiet:
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name in ("loss", "dice", "nll"))
+            typer.echo(f"{folder}: {int(log[-1]['step'])} steps, {numbers}")
+        yield scores
 
 
 def _fold_of(folder: Path) -> str:
