@@ -40,6 +40,7 @@ from probmed.workflows.supervision import (
     best_temperature,
     one_hot,
     soft_dice,
+    standardised,
     train_segmenter,
 )
 from probmed.workflows.supervision_outputs import Labelled
@@ -255,6 +256,16 @@ def test_divergences_are_those_of_normal_distributions() -> None:
     torch.testing.assert_close(torch.distributions.kl_divergence(normal(q), normal(p)), expected)
 
 
+def test_a_latent_s_spread_is_held_within_bounds_and_finds_back() -> None:
+    """However far its logarithm has run away: beyond a hard bound the divergence would have no slope, and the latent would stay collapsed."""
+    log_variance = torch.tensor([[-40.0, -20.0, -9.0, 0.0, 9.0, 20.0, 40.0]], dtype=torch.float64, requires_grad=True)
+    q = normal(torch.cat([torch.zeros_like(log_variance), log_variance], 1))
+    assert bool((q.stddev >= math.exp(-2)).all() and (q.stddev <= math.exp(2)).all())
+    standard = normal(torch.zeros(1, 14, dtype=torch.float64))
+    (slope,) = torch.autograd.grad(torch.distributions.kl_divergence(q, standard).sum(), log_variance)
+    assert bool((slope[0, :3] < 0).all() and (slope[0, 4:] > 0).all()) and abs(float(slope[0, 3])) < 1e-12
+
+
 def test_the_divergence_enters_by_and_by() -> None:
     network = ProbabilisticUNet(2, 1, 3, warm_up=4)
     assert [network.divergence_weight() for _ in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
@@ -299,6 +310,9 @@ def test_a_probabilistic_unet_draws_both_answers_where_raters_differ() -> None:
     trained.network.warm_up = 100
     images = image.expand(2, 1, *GRID.shape)
     train_segmenter(trained, lambda: (images, both), TrainingSettings(600, 3e-3, every=600))
+    with torch.no_grad():
+        _, divergence = trained.network.fitted(standardised(images), one_hot(both, 3))
+    assert 0.4 < float(divergence.mean()) < 4  # which of two answers it is: log 2; next to nothing would be a collapse
     draws = trained.probabilities(Volume.from_grid(image, GRID), passes=60)
     share = draws.argmax(1)[:, labels > 0].gt(0).float().mean(1)
     assert float(((share < 0.1) | (share > 0.9)).float().mean()) > 0.8
@@ -483,6 +497,20 @@ def test_networks_that_cannot_be_used_get_one_line_about_the_file(tmp_path: Path
         assert f"{weights}: is no file of weights that can be read" in faults_of(tmp_path)
     weights.unlink()
     assert f"{weights}: is no file of weights that can be read" in faults_of(tmp_path)
+
+
+def test_a_label_that_validation_scans_lack_is_no_failure() -> None:
+    """Dice is of the labels that a scan has or is given; a scan without any says nothing of it."""
+    trained, data = trained_on_discs(), cohort(3, 70)
+    whole = trained.validation(data)
+    some = replace(data, labels=torch.stack([data.labels[0].clamp(max=1), data.labels[1], -torch.ones_like(data.labels[2])]))
+    some.labels[2, :2] = 0  # known at the edge alone, where nothing is
+    found = trained.validation(some)
+    assert 0.4 < found["dice"] < whole["dice"] and math.isfinite(found["nll"])
+    trained.calibrate(replace(data, labels=data.labels.clamp(max=1)))
+    assert math.isfinite(trained.temperature) and trained.volume_errors is None
+    nothing = replace(some, images=some.images[2:], labels=some.labels[2:])
+    assert math.isnan(trained.validation(nothing)["dice"])
 
 
 def write_table(folder: Path, count: int, name: str = "scans.tsv") -> Path:

@@ -17,6 +17,7 @@ from probmed.report.planes import Array, Orientation, bounding_box, centre_of, p
 from probmed.workflows.comparison import Comparison
 
 _MARGIN_MM = 6.0
+_HEIGHT = 16.0  # inches of all rows; more only where each would be too small
 _MOST = 8  # labels whose volumes are drawn
 
 
@@ -36,7 +37,8 @@ def side_by_side(comparison: Comparison) -> Figure:
     planes = planes_through(centre_of(inside), box, image.shape, turn.spacing)
     limits = window(image, inside)
     colours = dict(zip(comparison.labels, colours_of(comparison).values(), strict=True))
-    figure, axes = panels(planes, len(maps) + 2, ["scan", *maps, "disagreement"], bars=True)
+    titles = ["scan", *maps, "disagreement"]
+    figure, axes = panels(planes, len(titles), titles, bars=True, tallest=max(1.6, _HEIGHT / len(titles)))
     truth = None if comparison.truth is None else maps[comparison.truth]
     for line, labels in zip(axes, [None, *maps.values(), None], strict=True):
         for axis, plane in zip(line, planes, strict=False):

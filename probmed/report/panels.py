@@ -43,15 +43,15 @@ def blank_figure(width: float, height: float) -> Figure:
 
 
 def panels(
-    planes: Sequence[Plane], rows: int, titles: Sequence[str], bars: bool = False
+    planes: Sequence[Plane], rows: int, titles: Sequence[str], bars: bool = False, tallest: float = 4.5
 ) -> tuple[Figure, list[list[Axes]]]:
-    """Rows of the same planes at one scale, titles at their left, and room for colour bars at their right."""
+    """Rows of the same planes at one scale, titles at their left, and room for colour bars at their right; none taller than so many inches."""
     left, right, gap = 0.35, 0.75 if bars else 0.05, 0.06
     scale = [millimetres(plane) for plane in planes]
     # A lone slice would otherwise fill the page.
     room = (WIDTH - left - right - gap * (len(planes) - 1)) * (1.0 if len(planes) > 1 else 0.5)
     unit = room / sum(width for width, _ in scale)
-    tall = min(max(height for _, height in scale) * unit, 4.5)
+    tall = min(max(height for _, height in scale) * unit, tallest)
     unit = min(unit, tall / max(height for _, height in scale))
     total = rows * (tall + gap)
     figure = blank_figure(WIDTH, total)
@@ -76,9 +76,9 @@ def panels(
             )
         middle = (y + tall / 2) / total
         lines = textwrap.wrap(titles[row], max(6, int(_CHARACTERS * tall)), max_lines=2, placeholder=" …")
-        size = 10 if len(lines) < 2 else 8
+        place, size = (0.1, 10) if len(lines) < 2 else (0.17, 8)
         figure.text(
-            0.1 / WIDTH, middle, "\n".join(lines), rotation=90, va="center", ha="center", color=INK, fontsize=size
+            place / WIDTH, middle, "\n".join(lines), rotation=90, va="center", ha="center", color=INK, fontsize=size
         )
         grid.append(line)
     return figure, grid
