@@ -352,6 +352,46 @@ def test_unusable_tables_get_one_line_and_leave_nothing(content: str, fault: str
     assert not run.exists()
 
 
+def test_options_reach_the_settings(table: Path, tmp_path: Path) -> None:
+    base = ["registration", "--data", table, "--steps", 1, "--batch", 2, "--device", "cpu", "--quiet"]
+    published = ["--objective", "voxelmorph-ncc-displacement", "--weight", 0.5, "--dropout", 0.25]
+    for out, options, wanted in (
+        ("a", ["--similarity", "student", "--label-weight", 2], {"similarity": "student", "label_weight": 2.0, "image_sd": 0.02}),
+        ("b", published, {"objective": "voxelmorph-ncc-displacement", "weight": 0.5, "dropout": 0.25}),
+        ("c", ["--objective", "voxelmorph-probabilistic", "--image-sd", 0.05], {"image_sd": 0.05, "weight": None}),
+        ("d", ["--similarity", "mixture"], {"similarity": "mixture"}),
+    ):
+        code, output = command(*base, "-o", tmp_path / out, *options)
+        assert (code, output) == (0, "")
+        found = json.loads((tmp_path / out / "network.json").read_text())
+        assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--weight", 1], "--weight: has no effect on the objective elbo"),
+        (["--image-sd", 0.1, "--objective", "voxelmorph-mse"], "--image-sd: has no effect on the objective voxelmorph-mse"),
+        (["--label-weight", 1, "--objective", "simulation"], "--label-weight: has no effect"),
+        (["--learn-prior", "--objective", "voxelmorph-ncc"], "--learn-prior: has no effect"),
+        (["--posterior", "diagonal", "--objective", "voxelmorph-ncc"], "--posterior: has no effect"),
+        (["--image-sd", 0, "--objective", "voxelmorph-probabilistic"], "--image-sd 0: is no positive number"),
+        (["--learning-rate", 0], "--learning-rate 0: is no positive number"),
+    ],
+)
+def test_options_without_an_effect_are_refused(options: list[object], fault: str, table: Path, tmp_path: Path) -> None:
+    code, output = command("registration", "--data", table, "-o", tmp_path / "run", "--quiet", *options)
+    assert code == 2 and fault in " ".join(output.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_on_labels_that_are_not_there_is_refused(tmp_path: Path) -> None:
+    table, run = write_set(tmp_path / "set", 3, 0), tmp_path / "run"
+    code, output = command("registration", "--data", table, "-o", run, "--quiet", "--device", "cpu", "--label-weight", 1)
+    assert code == 2 and "scans.tsv: has no labels to train with" in " ".join(output.split())
+    assert not run.exists()
+
+
 def test_other_unusable_requests_get_one_line(table: Path, tmp_path: Path) -> None:
     for arguments, fault in (
         (["nothing", "--data", table, "-o", tmp_path / "a"], "No such command"),
