@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -350,6 +352,19 @@ def test_unusable_tables_get_one_line_and_leave_nothing(content: str, fault: str
     code, output = command("registration", "--data", table, "-o", run, "--quiet", "--device", "cpu")
     assert code == 2 and fault in " ".join(output.split())
     assert not run.exists()
+
+
+@pytest.mark.slow
+def test_command_trains_in_two_processes(table: Path, tmp_path: Path) -> None:
+    """As on two GPUs: the command starts the second one itself, and one of them writes."""
+    options = ["--data", str(table), "-o", "run", "--steps", "2", "--every", "1", "--batch", "2", "--device", "cpu", "--devices", "2", "--quiet"]
+    whole = subprocess.run(
+        [sys.executable, "-m", "probmed", "train", "registration", *options], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoint.safetensors", "log.csv", "network.json", "network.safetensors"}
+    assert list(pd.read_csv(tmp_path / "run/log.csv")["step"]) == [1, 2]
+    assert TrainedRegistration.load(tmp_path / "run").settings.batch == 2
 
 
 def test_options_reach_the_settings(table: Path, tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from probmed.inference.svi import NotFinite
+from probmed.inference.parameters import seeded
+from probmed.inference.svi import SCHEDULES, NotFinite
 from probmed.inference.training import TrainingSettings, train
 from probmed.volumes import UnusableInput
 
@@ -87,3 +91,34 @@ def test_settings_and_modules_are_checked() -> None:
         TrainingSettings(steps=0)
     with pytest.raises(ValueError, match="parameters to learn"):
         train(lambda x: x.sum(), {"network": nn.Identity()}, batches)
+
+
+def in_a_process(fabric: Fabric, folder: Path) -> None:
+    """Of one of several: train, and say where its parameters ended."""
+    module = network().eval()
+    settings = TrainingSettings(steps=6, learning_rate=0.02, every=3)
+    train(lambda x: ((module(x) - x.sum(1, keepdim=True)) ** 2).mean(), {"network": module}, batches, settings, folder=folder, fabric=fabric)
+    save_file({name: p.detach() for name, p in module.named_parameters()}, folder / f"rank{fabric.global_rank}.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are forked")
+def test_two_processes_share_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    """Each has data of its own; both end where one process does that takes the mean of both gradients."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+    fabric.launch(in_a_process, tmp_path)
+    found = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    module = network().eval()
+    optimiser = torch.optim.Adam(module.parameters(), lr=0.02)
+    for step in range(6):
+        optimiser.param_groups[0]["lr"] = 0.02 * SCHEDULES["cosine"](step / 6)
+        optimiser.zero_grad()
+        for rank in (0, 1):
+            with seeded(2 * step + rank):
+                x = batches(torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
+            (((module(x) - x.sum(1, keepdim=True)) ** 2).mean() / 2).backward()
+        optimiser.step()
+    for name, p in module.named_parameters():
+        assert torch.equal(found[0][name], found[1][name])
+        torch.testing.assert_close(found[0][name], p.detach())
+    assert (tmp_path / "checkpoint.safetensors").exists() and len((tmp_path / "log.csv").read_text().splitlines()) == 3
