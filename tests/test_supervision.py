@@ -7,7 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from probmed.appearances import GaussianMixture
 from probmed.atlases import LabelAtlas
-from probmed.cli import app
+from probmed.cli import app, train_segmentation
 from probmed.field_priors import FlowPrior, SmoothField
 from probmed.grids import Grid
+from probmed.inference.svi import SCHEDULES
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import dice, negative_log_likelihood
 from probmed.models.one_shot import TransformedScan
@@ -32,6 +33,7 @@ from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, write
 from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.cohorts import own_world
 from probmed.workflows.provenance import Provenance
+from probmed.workflows.segmenter_runs import ExamplesOf
 from probmed.workflows.supervision import (
     SegmenterSettings,
     TrainedSegmenter,
@@ -94,16 +96,43 @@ def test_a_voxel_sees_as_many_voxels_as_it_should(name: str, side: int) -> None:
     assert int(seen.max() - seen.min()) + 1 == side
 
 
+def parameters_of(inputs: int, outputs: int, side: int = 3, normalised: bool = True) -> int:
+    """Of a convolution in 3D: weights, biases, and where it is normalised a factor and an offset each."""
+    return inputs * outputs * side**3 + outputs + (2 * outputs if normalised else 0)
+
+
+# Of three labels in 3D; pathways of DeepMedic and the FCN begin alike.
+PATHWAY = parameters_of(1, 24) + 7 * parameters_of(24, 24)
+
+
+def deepmedic_head(pathways: int) -> int:
+    return parameters_of(24 * pathways, 72, 1) + parameters_of(72, 72, 1) + parameters_of(72, 3, 1, normalised=False)
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *(("unet", 1438819), ("fcn", 111531), ("deepmedic", 229467), ("deepmedic-three", 341283), ("voxelwise", 104467)),
+        ("fcn", PATHWAY + parameters_of(24, 48, 1) + parameters_of(48, 3, 1, normalised=False)),
+        ("deepmedic", 2 * PATHWAY + deepmedic_head(2)),
+        ("deepmedic-three", 3 * PATHWAY + deepmedic_head(3)),
+        (
+            "voxelwise",
+            sum(parameters_of(a, b, normalised=False) for a, b in ((1, 16), (16, 16), (16, 32), (32, 32), (32, 64)))
+            + parameters_of(64, 3, 1, normalised=False),
+        ),
+        ("unet", 1438819),
         ("probabilistic-unet", 2315374),
     ],
 )
 def test_numbers_of_parameters(name: str, count: int) -> None:
-    """Of three labels in 3D."""
+    """By the layers' sizes; of the U-Nets, whose body is MONAI's, as it was."""
     assert sum(p.numel() for p in NETWORKS[name](3, 1, 3).parameters()) == count
+
+
+def test_the_command_s_choices_are_those_that_there_are() -> None:
+    assert {choice.value for choice in train_segmentation.Network} == set(NETWORKS)
+    assert {choice.value for choice in train_segmentation.Schedule} == set(SCHEDULES)
+    assert {choice.value for choice in train_segmentation.Examples} == set(get_args(ExamplesOf))
 
 
 def test_an_image_at_once_and_patch_after_patch_are_the_same() -> None:
@@ -850,6 +879,10 @@ def test_a_run_that_is_not_this_one_is_refused_and_stays(tmp_path: Path) -> None
     line = said(*again, code=2)
     assert "was written with another scans" in line and len(line.removeprefix(str(checkpoint))) < 350
     write_table(tmp_path, 3)
+    labels = (tmp_path / "s1_dseg.nii.gz").read_bytes()
+    write_labels(tmp_path / "s1_dseg.nii.gz", 7 * disc(1)[1].flip(0), Volume.from_grid(disc(1)[0], GRID))
+    assert "another checksum of scans and labels" in said(*again, code=2)
+    (tmp_path / "s1_dseg.nii.gz").write_bytes(labels)
     whole = checkpoint.read_bytes()
     assert before == {file.name: file.read_bytes() for file in run.iterdir()}
     for size in (len(whole) - 5, 100, 0):

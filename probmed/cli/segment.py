@@ -32,6 +32,7 @@ from probmed.workflows import segmentation
 from probmed.workflows.outputs import check_outputs, output_names, with_sidecars, write_segmentation
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmentation import SegmentationResult
+from probmed.workflows.stages import pick_device
 from probmed.workflows.supervision_outputs import Labelled, network_names, write_network_segmentation
 
 
@@ -128,7 +129,7 @@ def segment(
     made: list[Path] = []
     try:
         check_device(device)
-        networks = _networks(model or [])
+        networks = _networks(model or [], pick_device(device.value))
         maps = default_atlas() if atlas is None else read_atlas(atlas)
         made = make_folder(out)
         if atlas is not None:
@@ -175,8 +176,8 @@ def _each(subjects: Sequence[Subject], request: Request, debug: bool) -> tuple[l
     return failures, unforeseen
 
 
-def _networks(models: list[str]) -> tuple[Any, ...]:
-    """Those whose folders are given; none for the generative model.
+def _networks(models: list[str], device: torch.device) -> tuple[Any, ...]:
+    """Those whose folders are given, on a device; none for the generative model.
 
     Raises:
         UnusableInput: for what is neither, and for networks of different labels.
@@ -191,19 +192,21 @@ def _networks(models: list[str]) -> tuple[Any, ...]:
     if len(folders) < len(models):
         remedy = "ask one or the others, and lay them side by side with `probmed compare`"
         raise UnusableInput("--model segmentation", "is a generative model, and beside it are networks", remedy)
-    found = tuple(_trained(Path(name)) for name in folders)
+    found = tuple(_trained(Path(name), device) for name in folders)
     for folder, network in zip(folders, found, strict=True):
         if network.names != found[0].names:
             raise UnusableInput(folder, "is a network for other labels than the first", "give networks of the same labels")
     return found
 
 
-def _trained(folder: Path) -> Any:
+def _trained(folder: Path, device: torch.device) -> Any:
     """Of `probmed train segmentation`, or of `probmed train shapes`."""
     if (folder / "shapes.json").exists():
         shapes = importlib.import_module("probmed.workflows.shapes")
         return shapes.ShapeSegmenter(shapes.TrainedShapes.load(folder))
-    return importlib.import_module("probmed.workflows.supervision").TrainedSegmenter.load(folder)
+    trained = importlib.import_module("probmed.workflows.supervision").TrainedSegmenter.load(folder)
+    trained.network.to(device)
+    return trained
 
 
 def _by_networks(subject: Subject, request: Request, label: str) -> str:

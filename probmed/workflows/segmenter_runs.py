@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning_fabric import Fabric
 
 from probmed.grids import Grid
 from probmed.inference.training import Row, TrainingSettings
-from probmed.volumes import UnusableInput, Volume, read_labels, read_scan
+from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, sha256
 from probmed.workflows.amortisation import Cohort, names_of, read_cohort
 from probmed.workflows.comparison import Comparison
 from probmed.workflows.growth import Registered, Registrations
@@ -85,6 +86,7 @@ class SegmenterRun:
 
         described: dict[str, Any] = {"scans": list(cohort.names), "examples": self.examples, "augment": self.augmentation is not None}
         described |= {"batch": self.batch, "codes": cohort.codes, "spacing_mm": grid.spacing, "shape": grid.shape}
+        described["checksum of scans and labels"] = _checksum(table, source)
         log = train_segmenter(trained, examples, self.training, folder=folder, validation=checked, fabric=fabric, described=described, tell=report)
         return trained, log
 
@@ -142,6 +144,12 @@ def check_folds(folds: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], source: 
                 raise UnusableInput(source.parent / str(cell), fault, "divide scans with this label among folds, or leave the label out")
         if not seen:
             raise UnusableInput(source, f"has no label other than 0 outside fold {name}", "give maps of labels other than 0")
+
+
+def _checksum(table: pd.DataFrame, source: Path) -> str:
+    """Of all files of a table, in their order."""
+    cells = [cell for column in ("scan", "labels") for cell in table[column] if not pd.isna(cell)]
+    return hashlib.sha256(" ".join(sha256(source.parent / str(cell)) for cell in cells).encode()).hexdigest()
 
 
 def _one_and_others(table: pd.DataFrame, source: Path) -> tuple[Volume, Volume, list[Volume]]:

@@ -8,7 +8,7 @@ that is fitted to validation scans, dropout at prediction, draws of a probabilis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from probmed.grids import Grid
+from probmed.inference.parameters import cuda_devices, seeded
 from probmed.inference.training import Row, TrainingSettings, train
 from probmed.metrics import mean_dice
 from probmed.models.segmentation import Segmentation
@@ -147,13 +148,10 @@ class TrainedSegmenter:
     @torch.no_grad()
     def validation(self, cohort: Cohort) -> Row:
         """Mean Dice over scans, of each over the labels but the background that it has or is given, and nats a voxel."""
-        self.network.eval()
         scores, nats = [], []
-        for image, labels in zip(cohort.images, cohort.labels, strict=True):
-            logits = self.logits(image[None].to(self.device))[0].cpu()
-            known = labels >= 0
-            scores.append(mean_dice(logits.argmax(0)[known], labels[known], range(1, len(self.codes))))
-            nats.append(float(functional.cross_entropy(logits[:, known].mT, labels[known])))
+        for logits, labels in self._at_known_voxels(cohort):
+            scores.append(mean_dice(logits.argmax(1), labels, range(1, len(self.codes))))
+            nats.append(float(functional.cross_entropy(logits, labels)))
         self.network.train()
         told = [score for score in scores if not math.isnan(score)]
         return {"dice": sum(told) / len(told) if told else math.nan, "nll": sum(nats) / len(nats)}
@@ -164,16 +162,19 @@ class TrainedSegmenter:
 
         References: Guo et al., ICML 2017.
         """
-        self.network.eval()
-        parts = []
-        for image, labels in zip(cohort.images, cohort.labels, strict=True):
-            known = labels >= 0
-            parts.append((self.logits(image[None].to(self.device))[0].cpu()[:, known].mT, labels[known].cpu()))
+        parts = list(self._at_known_voxels(cohort))
         self.temperature = best_temperature(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
         found = torch.stack([(x / self.temperature).softmax(1).sum(0) for x, _ in parts])
         true = torch.stack([y.bincount(minlength=len(self.codes)) for _, y in parts])
         self.volume_errors = VolumeErrors.of(found[:, 1:], true[:, 1:])
         return self.temperature
+
+    def _at_known_voxels(self, cohort: Cohort) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each scan, logits ``(N, K)`` and labels ``(N,)`` where these are known, on the CPU wherever the cohort and the network are."""
+        self.network.eval()
+        for image, labels in zip(cohort.images, cohort.labels.cpu(), strict=True):
+            known = labels >= 0
+            yield self.logits(image[None].to(self.device))[0].cpu()[:, known].mT, labels[known]
 
     @torch.no_grad()
     def probabilities(self, volume: Volume, passes: int = 0, seed: int = 0) -> Tensor:
@@ -194,8 +195,7 @@ class TrainedSegmenter:
         for layer in self.network.modules():
             if isinstance(layer, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)):
                 layer.train()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed, cuda_devices(self.network.parameters())):
             once = self.network.draw if isinstance(self.network, ProbabilisticUNet) else self.network
             found = torch.cat([self._returned(self._logits(once, image), volume) for _ in range(passes)])
         self.network.eval()
