@@ -9,6 +9,7 @@ References: Kingma & Welling, ICLR 2014; Cremer, Li & Duvenaud, ICML 2018 (the a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 
 from probmed.fields import ModulatedField
 from probmed.inference.parameters import local_parameters, seeded
-from probmed.inference.svi import fit
+from probmed.inference.svi import Step, fit
 
 Program = Callable[..., Any]
+
+_LOOKS = 4  # at how many states on the way a refinement looks
 
 
 def in_plate(program: Program, name: str, size: int) -> Program:
@@ -60,7 +63,8 @@ class Refinement:
 
     Arguments:
         guide: refined.
-        amortised, refined: ELBOs, nats, each the mean of some draws; gap: the second less the first, with its standard error.
+        amortised, refined: ELBOs, nats, each the mean of some draws, of the same random numbers; gap: the second less the first, with its standard
+            error.
     """
 
     guide: FieldPosterior
@@ -113,6 +117,9 @@ def refine_field(
 ) -> Refinement:
     """Go on from an amortised q of a field on one data set, and say what it gains.
 
+    Of the start and some of the states that SVI passes, the best is kept, by ELBOs of the same random numbers, so that it never ends below where it
+    began: where little is observed, the noise of single steps may be larger than what there is to gain.
+
     Arguments:
         guide: the amortised one, for the sites beside the field.
         q: its distribution of the field for this data set.
@@ -124,20 +131,36 @@ def refine_field(
         """The guide, but no part of the new one, whose parameters are its own alone."""
         return guide(*args, **kwargs)
 
-    first, own = FieldPosterior(site, q, others), FieldPosterior(site, q, others)
+    own = FieldPosterior(site, q, others)
+    passed = [_copied(own)]
+
+    def keep(step: Step) -> None:
+        if step.number % max(1, math.ceil(steps / _LOOKS)) == 0 or step.number == steps:
+            passed.append(_copied(own))
+
     # The network stays as it is.
     frozen = [p for p in guide.parameters() if p.requires_grad] if isinstance(guide, nn.Module) else []
     for p in frozen:
         p.requires_grad_(False)
+    options: dict[str, Any] = {"tolerance_nats": None, "elbo": TraceMeanField_ELBO(), "callbacks": (keep,), "seed": seed}
     try:
-        fit(model, own, *data, steps=steps, learning_rate=learning_rate, tolerance_nats=None, elbo=TraceMeanField_ELBO(), seed=seed)
+        fit(model, own, *data, steps=steps, learning_rate=learning_rate, **options)
     finally:
         for p in frozen:
             p.requires_grad_(True)
-    with seeded(seed):
-        before, after = (elbo_draws(model, each, draws, *data) for each in (first, own))
-    error = ((before.var() + after.var()) / draws).sqrt()
-    return Refinement(own, float(before.mean()), float(after.mean()), float(after.mean() - before.mean()), float(error))
+    found = []
+    for state in passed:
+        own.load_state_dict(state)
+        with seeded(seed):
+            found.append(elbo_draws(model, own, draws, *data))
+    best = max(range(len(found)), key=lambda i: float(found[i].mean()))
+    own.load_state_dict(passed[best])
+    gain = found[best] - found[0]
+    return Refinement(own, float(found[0].mean()), float(found[best].mean()), float(gain.mean()), float(gain.std() / draws**0.5))
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
 def elbo_draws(model: Program, guide: Program, draws: int, *args: Any, **kwargs: Any) -> Tensor:

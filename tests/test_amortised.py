@@ -17,6 +17,7 @@ from probmed import losses
 from probmed.fields import GaussianField, ModulatedField, idct
 from probmed.inference.amortised import elbo_draws, elbo_loss, in_plate, posterior_loss, refine_field
 from probmed.inference.em import log_joint
+from probmed.inference.parameters import seeded
 from probmed.inference.training import TrainingSettings, train
 from probmed.networks import VelocityNetwork
 
@@ -239,7 +240,7 @@ def test_refinement_reaches_the_evidence_and_says_what_it_gained() -> None:
 
     found = refine_field(model, guide, "velocity", start, (y,), steps=400, learning_rate=0.05, draws=200)
     assert found.gap > 5 * found.error
-    assert abs(found.refined - float(exact)) < 0.1
+    assert abs(found.refined - float(exact)) < 0.2  # of 135
     assert found.refined <= float(exact) + 3 * found.error
     torch.testing.assert_close(found.gap, found.refined - found.amortised)
     posterior_mean = dense_prior(prior()).covariance_matrix @ torch.linalg.solve(
@@ -247,3 +248,31 @@ def test_refinement_reaches_the_evidence_and_says_what_it_gained() -> None:
     )
     torch.testing.assert_close(found.guide.distribution().loc.flatten().detach(), posterior_mean, atol=0.1, rtol=0)
     assert elbo_draws(model, found.guide, 4, y).shape == (4,)
+
+
+@pytest.mark.parametrize("rate", [0.01, 1.0])
+def test_refinement_never_ends_below_where_it_began(rate: float) -> None:
+    """From the exact posterior there is nothing to gain, and long steps lose."""
+    torch.manual_seed(0)
+    y = prior().sample() + 0.5 * torch.randn(2, *SHAPE)
+    covariance = dense_prior(prior()).covariance_matrix
+    mean = (covariance @ torch.linalg.solve(covariance + 0.25 * torch.eye(24), y.flatten())).reshape(1, 2, *SHAPE)
+    start = ModulatedField(mean, torch.ones_like(mean), (prior().eigenvalues + 4.0).rsqrt()[None], 2)
+    found = refine_field(NoisyField(), lambda y: None, "velocity", start, (y,), steps=8, learning_rate=rate)
+    assert found.gap >= 0
+    assert found.refined >= found.amortised
+    if rate == 1.0:
+        assert found.gap == 0
+        torch.testing.assert_close(found.guide.loc, mean[0], rtol=0, atol=0)
+
+
+def test_the_bound_of_a_refinement_is_that_of_its_guide() -> None:
+    torch.manual_seed(0)
+    y = prior().sample() + 0.5 * torch.randn(2, *SHAPE)
+    start = ModulatedField(torch.zeros(1, 2, *SHAPE), torch.ones(1, 2, *SHAPE), (prior().eigenvalues + 4.0).rsqrt()[None], 2)
+    found = refine_field(NoisyField(), lambda y: None, "velocity", start, (y,), steps=60, learning_rate=0.05)
+    assert found.gap > 5 * found.error > 0
+    # The draws are those of the guide that is given.
+    with seeded(0):
+        again = elbo_draws(NoisyField(), found.guide, 20, y)
+    assert float(again.mean()) == pytest.approx(found.refined, abs=1e-9)

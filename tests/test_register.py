@@ -656,7 +656,7 @@ FAULTS: dict[str, tuple[Callable[[], object], tuple[str, ...], tuple[str, ...]]]
             lambda: None, (option, *values, "--model", "run"), (f"{option}: is for a fit, in whose place --model has a network", "leave out")
         )
         for option, *values in (
-            ("--similarity", "correlation"), ("--affine", "6"), ("--no-deformation",), ("--symmetric",), ("--apart",),
+            ("--similarity", "correlation"), ("--affine", "6"), ("--no-deformation",), ("--symmetric",), ("--apart",), ("--learn-prior",),
             ("--landmarks", "p.tsv"), ("--landmark-sd", "1"), ("--match-labels", "a.nii", "b.nii"),
         )
     },

@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from probmed.fields import dct
+from probmed.fields import GaussianField, dct
 from probmed.grids import Grid, sample
 from probmed.inference.em import log_joint
 from probmed.inference.gauss_newton import ascend_field
@@ -36,7 +36,7 @@ from probmed.models.registration import (
 from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LabelAgreement, Landmarks, LocalCorrelation, Similarity, StudentNoise
 from probmed.transforms import Affine, Velocity
-from probmed.volumes import Volume
+from probmed.volumes import UnusableInput, Volume
 from probmed.workflows.registration import PointPairs, RegistrationResult, RegistrationSettings, register
 from probmed.workflows.registration_fit import SIMILARITIES, independent_share, prior_scales
 
@@ -741,3 +741,38 @@ def test_a_tempering_that_is_given_stays() -> None:
     assert run(moving, fixed, grid, affine=0, similarity="gaussian", tempering=0.37, iterations=(2, 2, 2, 2)).tempering == 0.37
     assert run(moving, fixed, grid, affine=0, iterations=(2, 2, 2, 2)).tempering == pytest.approx(1 / 25)
     assert run(moving, fixed, grid, affine=0, deformable=False).tempering is None
+
+
+# The prior, learned from the pair itself.
+
+
+def textured_pair(sd: float, length: float, seed: int = 0) -> tuple[Tensor, Tensor, Grid]:
+    """A textured plane, and the same moved by a draw of the velocity's prior, which is known wherever the fixed image is; white noise."""
+    grid = Grid.from_spacing((40, 44), 1.0)
+    torch.manual_seed(seed)
+    texture = GaussianField.from_sd(grid.shape, grid.spacing, 0.15, 3.0, 4.0).rsample() + 1.0
+    prior = SmoothVelocity(grid, sd, length, 3.0)
+    moved = carried(texture, grid, Velocity(grid, prior.prior().rsample()), grid)[0]
+    return texture[0], moved + 0.015 * torch.randn(grid.shape), grid
+
+
+def test_how_much_images_deform_is_learned_from_them() -> None:
+    found = {}
+    for sd in (0.6, 1.8):
+        pair = textured_pair(sd, 5.0)
+        learned, usual = (
+            run(*pair, learn_prior=on, affine=0, similarity="gaussian", tempering=1.0, draws=2, iterations=(10, 10, 15, 15)) for on in (True, False)
+        )
+        assert usual.prior_scales == pytest.approx(prior_scales(pair[2]), rel=1e-5)
+        assert learned.prior_scales is not None and learned.log_evidence is not None and usual.log_evidence is not None
+        found[sd] = learned.prior_scales
+        # One image holds some tens of independent displacements: their spread is known to a third.
+        assert abs(math.log(found[sd][0] / sd)) < 0.5
+        assert abs(math.log(found[sd][1] / 5.0)) < 0.5
+        assert learned.log_evidence.value > usual.log_evidence.value - 3 * math.hypot(learned.log_evidence.error, usual.log_evidence.error)
+    assert found[1.8][0] > 2 * found[0.6][0]
+
+
+def test_a_prior_is_not_learned_from_images_that_tell_nothing() -> None:
+    with pytest.raises(UnusableInput, match="--learn-prior: cannot tell how these images deform"):
+        run(*textured_pair(1.0, 5.0), learn_prior=True, affine=0, similarity="gaussian", tempering=1e-9)

@@ -91,7 +91,7 @@ ModelOption = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Folder of `probmed train registration`: its network answers at once.", show_default=False)
 ]
 
-_OF_A_FIT = ("similarity", "affine", "no_deformation", "symmetric", "apart", "landmarks", "landmark_sd", "match_labels")
+_OF_A_FIT = ("similarity", "affine", "no_deformation", "symmetric", "apart", "learn_prior", "landmarks", "landmark_sd", "match_labels")
 """Options that mean nothing to a network."""
 
 
@@ -150,6 +150,9 @@ def register(
     no_deformation: Annotated[bool, typer.Option("--no-deformation", help="The affine map alone; there are no draws then.")] = False,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Let both images explain each other, at twice the time.")] = False,
     apart: Annotated[bool, typer.Option("--apart", help="The headers place the images apart: start from their centres of mass.")] = False,
+    learn_prior: Annotated[
+        bool, typer.Option("--learn-prior", help="Learn how much and how smoothly the images deform, by the evidence of this pair.")
+    ] = False,
     labels: LabelsOption = None,
     mask: MaskOption = None,
     moving_mask: MovingMaskOption = None,
@@ -194,6 +197,7 @@ def register(
             landmark_sd_mm=landmark_sd,
             symmetric=symmetric,
             apart=apart,
+            learn_prior=learn_prior,
         )
         draws = 0 if no_deformation else draws
         if save_draws > draws:
@@ -244,7 +248,7 @@ def _check_options(given: Iterable[str], network: bool, no_deformation: bool, la
         option = f"--{name.replace('_', '-')}"
         if network and name in _OF_A_FIT:
             raise UnusableInput(option, "is for a fit, in whose place --model has a network", f"leave out {option} or --model")
-        if no_deformation and name in ("landmarks", "match_labels"):
+        if no_deformation and name in ("landmarks", "match_labels", "learn_prior"):
             fault = "is for the deformation's fit, which --no-deformation leaves out"
             raise UnusableInput(option, fault, f"leave out {option} or --no-deformation")
     if refine and not network:

@@ -49,6 +49,7 @@ class RegistrationResult:
         landmark_error: mean distance of landmarks at the same stages, mm, where there are some.
         log_joint: of the finest level's data and velocity, tempered, nats; None where no velocity was fitted.
         log_evidence: of the finest level's data, the velocity integrated out (``Level.log_evidence``); None without draws of it.
+        prior_scales: standard deviation and length of the velocity's prior, mm; None where no velocity was fitted.
         tempering: of the finest level's image; None where no velocity was fitted.
         levels: spacing and iterations of each; converged: of the finest.
         elbo_network: of a network's answer under its model, nats, where it has a posterior.
@@ -80,6 +81,7 @@ class RegistrationResult:
     elbo_network: float | None = None
     refinement: Refinement | None = None
     log_evidence: Estimate | None = None
+    prior_scales: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,7 @@ def _result(
         landmark_error=None if landmarks is None else tuple(landmarks.error(t) for t in (*stages[:2], here)),  # type: ignore[arg-type]
         log_joint=None if mode is None else mode.log_joint,
         log_evidence=found.evidence,
+        prior_scales=None if mode is None else (mode.prior.sd_mm, mode.prior.length_mm),
         tempering=None if mode is None else mode.tempering,
         levels=found.levels,
         converged=mode is None or mode.mode.converged,

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from probmed.fields import along_axes
+from probmed.fields import GaussianField, along_axes
 from probmed.grids import Grid, averaged, interpolation_matrices
+from probmed.inference.empirical_bayes import Scales, learn_scales
 from probmed.inference.evidence import Estimate, log_evidence
 from probmed.inference.gauss_newton import FieldMode, ascend_field, field_draws
 from probmed.models.registration import HalfFlow, ImageTerm, LandmarkTerm, Linearised, Term, linearise_both_ways, linearise_terms
 from probmed.priors import SmoothVelocity
 from probmed.similarities import ConditionalMixture, GaussianNoise, LabelAgreement, Landmarks, LocalCorrelation, Similarity, StudentNoise
 from probmed.transforms import Affine, Displacement, Transform, Velocity, warp
+from probmed.volumes import UnusableInput
 from probmed.workflows.segmentation import tempering_of
 
 SIMILARITIES = ("correlation", "gaussian", "student", "mixture")
@@ -40,6 +42,7 @@ class RegistrationSettings:
         levels: spacings of the pyramid, in voxels of the finest.
         finest_mm: spacing of the finest level; None for the fixed image's smallest, or what leaves at most ``_LARGEST`` voxels.
         sd_mm, length_mm, alpha: of the velocity's prior; None: ``prior_scales``.
+        learn_prior: whether standard deviation and length are those of most evidence, on the two finest levels, and what was given only their start.
         radius: of the correlation's windows, voxels of each level. noise: τ of the correlation's windows.
         tempering: factor on the likelihood; None is the correlation's own, and of the others the share of independent voxels (``independent_share``).
         landmark_sd_mm: the accuracy of landmarks, where there are some.
@@ -57,6 +60,7 @@ class RegistrationSettings:
     sd_mm: float | None = None
     length_mm: float | None = None
     alpha: float = 3.0
+    learn_prior: bool = False
     radius: int = 2
     noise: float = 0.06
     tempering: float | None = None
@@ -70,6 +74,7 @@ class RegistrationSettings:
 _FEW_ITERATIONS, MANY_ITERATIONS = (30, 20, 10, 6), (100, 60, 40, 40)
 _LARGEST = 2_000_000  # voxels of the finest level
 _ROUNDS, _STEADY = 4, 0.2  # of tempering and mode, at most; where its logarithm changes less, it holds
+_LEARNING_ROUNDS = 10  # of the prior's scales and mode, at most
 _TOLERANCE = 0.05  # of a draw: standard deviations come out one to three per cent too small, in half the time
 _SMALLEST_SIDE = 8  # voxels of the coarsest
 
@@ -254,7 +259,7 @@ def climb(pair: Pair, settings: RegistrationSettings, tell: Callable[[float], No
     base = settings.finest_mm or max(min(pair.grid.spacing), (math.prod(extent) / _LARGEST) ** (1 / d))
     levels = [k for k in settings.levels if min(extent) / (k * base) >= _SMALLEST_SIDE] or [settings.levels[-1]]
     usual = prior_scales(pair.grid)
-    sd, length = settings.sd_mm or usual[0], settings.length_mm or usual[1]
+    scales = Scales(settings.sd_mm or usual[0], settings.length_mm or usual[1])
     field: Tensor | None = None
     seen: Observations | None = None
     lattice = pair.grid
@@ -263,15 +268,31 @@ def climb(pair: Pair, settings: RegistrationSettings, tell: Callable[[float], No
         grid = seen.image.grid
         # The finest image moves a velocity of twice its spacing: smoothness leaves nothing between its nodes, and the flow costs an eighth.
         finer = lattice if field is not None and k == levels[-1] and number else grid
-        prior = SmoothVelocity(finer, sd, length, settings.alpha).to(pair.fixed)
         start = pair.fixed.new_zeros(d, *finer.shape) if field is None else along_axes(field, interpolation_matrices(lattice, finer, field))
         lattice = finer
+        prior = SmoothVelocity(lattice, scales.sd, scales.length_mm, settings.alpha).to(pair.fixed)
         count = (settings.iterations or _FEW_ITERATIONS)[settings.levels.index(k)]
-        ascend = partial(ascend_field, partial(seen.near, {}, lattice), prior.prior(), iterations=count, tolerance=settings.tolerance)
-        mode = _tempered_mode(ascend, seen.untempered(settings), lattice, start)
+        ascend = partial(ascend_field, partial(seen.near, {}, lattice), iterations=count, tolerance=settings.tolerance)
+        mode = _tempered_mode(partial(ascend, prior.prior()), seen.untempered(settings), lattice, start)
+        if settings.learn_prior and k in levels[-2:]:
+            scales, mode = _learned(ascend, prior.prior(), mode, scales)
+            prior = SmoothVelocity(lattice, scales.sd, scales.length_mm, settings.alpha).to(pair.fixed)
         field = mode.field
         tell((number + 1) / len(levels))
         yield Level(k * base, grid, lattice, prior, mode, seen.image.similarity.tempering)
+
+
+def _learned(ascend: Callable[[GaussianField, Tensor], FieldMode], prior: GaussianField, mode: FieldMode, scales: Scales) -> tuple[Scales, FieldMode]:
+    """The prior's scales of most evidence, and the mode under it, with what the modes on the way took."""
+    generator = torch.Generator(mode.field.device).manual_seed(0)
+    try:
+        found = learn_scales(ascend, prior, mode.field, scales, rounds=_LEARNING_ROUNDS, generator=generator)
+    except ValueError as error:
+        remedy = "leave it out (learn_prior=False), for there is nothing to learn from"
+        raise UnusableInput("--learn-prior", f"cannot tell how these images deform: {error}", remedy) from error
+    before, after = mode.iterations, found.mode
+    after.iterations = before + [replace(later, number=len(before) + later.number) for later in after.iterations]
+    return found.scales, after
 
 
 def _tempered_mode(ascend: Callable[[Tensor], FieldMode], terms: Sequence[ImageTerm], lattice: Grid, start: Tensor) -> FieldMode:

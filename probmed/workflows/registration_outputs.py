@@ -62,6 +62,8 @@ _COLUMNS = {
     "log_evidence": "of all that was observed at the finest level, the velocity integrated out by Laplace's method, nats; of the tempered "
     "likelihood, so that it compares priors and affine maps at one tempering and level",
     "log_evidence_error": "standard error of the former, nats",
+    "prior_sd_mm": "standard deviation of the velocity's prior, mm",
+    "prior_length_mm": "correlation length of the velocity's prior, mm",
     "tempering": "factor on the finest level's log likelihood of the image, for voxels that are not independent",
     "elbo_network": "evidence lower bound of a network's answer under its model, nats",
     "elbo": "the same after the answer was refined on this pair, nats",
@@ -169,6 +171,8 @@ def summary_table(result: RegistrationResult) -> pd.DataFrame:
         "log_joint": result.log_joint,
         "log_evidence": None if result.log_evidence is None else result.log_evidence.value,
         "log_evidence_error": None if result.log_evidence is None else result.log_evidence.error,
+        "prior_sd_mm": None if result.prior_scales is None else result.prior_scales[0],
+        "prior_length_mm": None if result.prior_scales is None else result.prior_scales[1],
         "tempering": None if result.tempering is None else f"{result.tempering:.6g}",
         "elbo_network": result.elbo_network,
         "elbo": None if refined is None else refined.refined,
