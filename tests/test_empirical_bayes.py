@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
@@ -62,10 +63,10 @@ def test_learned_scales_are_those_of_most_evidence(length: bool) -> None:
     """Of a linear Gaussian model, whose evidence is known."""
     _, near = observed()
 
-    def lost(logs: list[float]) -> float:
+    def lost(logs: np.ndarray) -> float:
         return -evidence(near, Scales(math.exp(logs[0]), math.exp(logs[1]) if length else TRUTH.length_mm))
 
-    best = minimize(lost, [0.0, 1.0][: 1 + length], method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-6})
+    best = minimize(lost, np.array([0.0, 1.0][: 1 + length]), method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-6})
     found = learn_scales(
         lambda prior, start: ascend(near, prior, start), LIKE, near.field, Scales(0.5, 2.0 if length else TRUTH.length_mm),
         length=length, rounds=60, probes=400, tolerance=1e-4, generator=torch.Generator().manual_seed(0),
@@ -84,9 +85,11 @@ def test_learned_scales_are_those_of_most_evidence(length: bool) -> None:
 def test_where_everything_is_determined_the_scales_are_those_of_the_field_itself() -> None:
     field = TRUTH.prior(LIKE).rsample()
     found = fitted_scales(torch.full(SHAPE, 2.0), field, LIKE, Scales(0.5, 5.0))
-    exact = minimize(
-        lambda logs: -float(Scales(math.exp(logs[0]), math.exp(logs[1])).prior(LIKE).log_prob(field)), [0.0, 1.0], method="Nelder-Mead"
-    )
+
+    def lost(logs: np.ndarray) -> float:
+        return -float(Scales(math.exp(logs[0]), math.exp(logs[1])).prior(LIKE).log_prob(field))
+
+    exact = minimize(lost, np.array([0.0, 1.0]), method="Nelder-Mead")
     assert [math.log(found.sd), math.log(found.length_mm)] == pytest.approx(list(exact.x), abs=0.01)
 
 
