@@ -115,3 +115,18 @@ def test_people_seen_again_once_have_no_course(tmp_path: Path) -> None:
     assert courses(result, 4) == []
     page = rates_page(result, result.component_table(), Provenance.of("probmed train longitudinal", 0, [], []), "cohort")
     assert "Single people" not in page
+
+
+def test_who_alone_tells_an_effect_is_not_held_out(tmp_path: Path) -> None:
+    """Everyone of one level is in one tenth: the others say nothing of it."""
+    table, _ = write_cohort(tmp_path, 20)
+    rows = pd.read_csv(table, sep="\t")
+    rows["sex"] = rows["subject"].map(lambda name: "X" if name == "p007" else "F")
+    rows.to_csv(table, sep="\t", index=False)
+    result = fit_rates(read(table), RateSettings("volume", mean=("age", "sex")))
+    new = held_out(result).query("task == 'a new person'")
+    assert "p007" not in set(new["subject"]) and new["subject"].nunique() == 19
+    # Of three people and two effects nobody can be held out.
+    few = fit_rates(read(table).of_subjects(["p000", "p001", "p002"]), RateSettings("volume", mean=("age",)))
+    assert "a new person" not in set(held_out(few)["task"])
+    assert list(calibration(held_out(few).iloc[:0]).columns)[:2] == ["task", "visits"]

@@ -31,6 +31,7 @@ from probmed.volumes import (
     read_label_names,
     read_labels,
     read_scan,
+    scaled,
     sha256,
     write_label_names,
     write_labels,
@@ -806,3 +807,11 @@ def test_any_corrupt_header_is_read_or_refused_in_one_line(kind: str, bytes_: li
                 assert "\n" not in str(error)
             else:
                 assert volume.grid.shape == tuple(volume.data.shape)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.0, 1.0, 1.0], [0.0, 1.0, 1.0]), ([-2.0, 4.0], [0.0, 1.0]), ([3.0, 3.0], [1.0, 1.0]), ([0.0, 0.0], [0.0, 0.0]), ([-1.0, -1.0], [0.0, 0.0])],
+)
+def test_images_of_one_or_two_values_have_a_unit(values: list[float], expected: list[float]) -> None:
+    torch.testing.assert_close(scaled(torch.tensor(values)), torch.tensor(expected))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
 from probmed.cli import progress
+from probmed.cli.cohorts import ClinicalTableOption
 from probmed.cli.options import DebugOption, Device, DeviceOption, DrawsOption, QuietOption, SeedOption, check_device, command_line, make_folder
 from probmed.tables import Genotypes
 from probmed.volumes import UnusableInput
@@ -44,7 +45,9 @@ def predict(
         str | None,
         typer.Option(metavar="NAME", help="Of scans: column with label maps at baseline; else the atlas's labels are carried.", show_default=False),
     ] = None,
+    clinical_table: ClinicalTableOption = None,
     draws: DrawsOption = 200,
+    samples: Annotated[int, typer.Option(min=0, help="Of scans: how many of the drawn follow-up scans are written, each as it might look.")] = 0,
     device: DeviceOption = Device.auto,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
@@ -53,8 +56,9 @@ def predict(
     """Predict a scalar or a scan at later visits, of people of the run or of others, with intervals.
 
     A row of the table without the scalar or scan is predicted from the person's baseline row, whatever later visits
-    are known, and everyone else's. Into the folder goes predictions.tsv; of scans also, for each row, the follow-up
-    scan, its labels and their volumes, the warp, and maps of yearly growth with the probability of shrinkage.
+    are known, and everyone else's. Who has no baseline scan is predicted on the atlas. Into the folder goes
+    predictions.tsv; of scans also, for each row, the follow-up scan, its labels and their volumes, the warp, maps of
+    yearly growth with the probability of shrinkage, and as many drawn follow-up scans as --samples says.
 
     [bold]Example[/bold]
 
@@ -66,8 +70,12 @@ def predict(
         plink = genotypes or fitted.source.genotypes
         if genotypes is not None and fitted.source.genotypes is None:
             raise UnusableInput(genotypes, "is of no use to a run without genotypes", "leave --genotypes out")
+        if samples and isinstance(fitted, RateRun):
+            raise UnusableInput(run, "is a run of a scalar, of which there are no scans to draw", "leave --samples out")
+        if samples > draws:
+            raise UnusableInput(run, f"is to give {samples} scans of {draws} draws", "ask for as many --draws at least")
         record = run / (CODES_RECORD if isinstance(fitted, CodesRun) else RECORD)
-        inputs = [str(path) for path in (record, data, plink) if path is not None]
+        inputs = [str(path) for path in (record, data, plink, clinical_table) if path is not None]
         check_outputs(out, ["predictions.tsv", "predictions.json"], "predictions", [data], ".json", "probmed predict")
         made += make_folder(out)
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
@@ -76,13 +84,14 @@ def predict(
             provenance = Provenance.of(command_line(), seed, inputs, lines)
             if isinstance(fitted, RateRun):
                 what, columns = fitted.settings.scalar, _COLUMNS
-                table = fitted.predict(fitted.read(data), people)
+                table = fitted.predict(fitted.read(data, clinical_table), people)
             else:
                 what, columns = fitted.scans, _PLACE | VOLUME_COLUMNS
-                asked = fitted.read(data, labels)
-                check_forecast_outputs(out, fitted.wanted(asked), [data])
+                asked = fitted.read(data, labels, clinical_table)
+                check_forecast_outputs(out, fitted.wanted(asked), [data], samples)
                 kept = Registrations(out / REGISTRATIONS, seed=fitted.seed, device=device.value)
-                found = fitted.predict(asked, kept, people, labels=labels, draws=draws, seed=seed, tell=partial(tell, "predicting"))
+                options: dict[str, Any] = {"labels": labels, "draws": draws, "samples": samples, "seed": seed}
+                found = fitted.predict(asked, kept, people, tell=partial(tell, "predicting"), **options)
                 table = pd.concat([write_forecast(each, out, subject, provenance, [data]) for subject, each in found], ignore_index=True)
             with staged(out, "predictions") as stage:
                 (stage / "predictions.tsv").write_text(exact_text(table), encoding="utf-8")

@@ -14,10 +14,15 @@ from probmed.cli.cohorts import (
     AtlasLabelsOption,
     CategoricalOption,
     ClinicalOption,
+    ClinicalTableOption,
     FrequencyOption,
+    Genetic,
+    GeneticOption,
     GenotypesOption,
     MeanOption,
+    MissingOption,
     PhenotypeOption,
+    RegionsOption,
     SpacingOption,
     SubjectOption,
     TimeOption,
@@ -25,6 +30,7 @@ from probmed.cli.cohorts import (
     TimeUnitOption,
     names_in,
     read_atlas,
+    read_sets,
 )
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
 from probmed.report import codes_page
@@ -48,6 +54,10 @@ def gp_prior_vae(
     atlas_labels: AtlasLabelsOption = None,
     genotypes: GenotypesOption = None,
     min_frequency: FrequencyOption = 0.01,
+    max_missing: MissingOption = 1.0,
+    genetic: GeneticOption = Genetic.grm,
+    regions: RegionsOption = None,
+    clinical_table: ClinicalTableOption = None,
     mean: MeanOption = "",
     clinical: ClinicalOption = "",
     phenotype: PhenotypeOption = "",
@@ -82,26 +92,38 @@ def gp_prior_vae(
         check_device(device)
         levels, used = names_in(categorical), [name for text in (mean, clinical, phenotype) for name in names_in(text)]
         numeric = [name for name in dict.fromkeys(used) if name not in levels]
+        sets = read_sets(regions, genotypes)
         atlas = read_atlas(atlas_image, atlas_labels)
         made += make_folder(out)
-        inputs = [str(path) for path in (data, genotypes, atlas_image, atlas_labels) if path is not None]
+        paths = (data, genotypes, regions, clinical_table, atlas_image, atlas_labels)
+        inputs = [str(path) for path in paths if path is not None]
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
             tell("reading", 0.0)
             source = TableSource(subject, time, time_unit.value, genotypes)
-            visits = source.read(data, covariates=numeric, categorical=levels, scans=[scans])
+            visits = source.read(data, clinical=clinical_table, covariates=numeric, categorical=levels, scans=[scans])
             people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True)
-            rates = RateSettings(scans, names_in(mean), names_in(clinical), names_in(phenotype), min_frequency=min_frequency)
+            rates = RateSettings(
+                scans,
+                names_in(mean),
+                names_in(clinical),
+                names_in(phenotype),
+                min_frequency=min_frequency,
+                max_missing=max_missing,
+                genetic=genetic.value,
+                sets=sets,
+            )
             settings = CodeSettings(GrowthSettings(rates, spacing_mm=spacing), codes, steps=steps, learning_rate=learning_rate)
             kept = Registrations(out / REGISTRATIONS, seed=seed, device=device.value)
             training = importlib.import_module("probmed.workflows.shape_code_training")  # Fabric takes seconds to import
             trained = training.fit_codes(visits, settings, atlas, kept, people, seed=seed, folder=out, progress=tell)
             provenance = Provenance.of(command_line(), seed, inputs, lines)
-            regions = regions_of_codes(trained, people)
-            page = codes_page(trained, regions, kept, provenance, data.stem, people, seed)
-            write_codes_run(trained, regions, out, provenance, source, page)
+            volumes = regions_of_codes(trained, people)
+            page = codes_page(trained, volumes, kept, provenance, data.stem, people, seed)
+            write_codes_run(trained, volumes, out, provenance, source, page)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")
         found = trained.shares().drop(columns="code").mean().sort_values(ascending=False)
         parts = ", ".join(f"{name} {share:.2f}" for name, share in found.items())
-        typer.echo(f"{data}: {len(trained.visits.subjects)} people\n  shares of codes' variance: {parts}\n  {out / REPORT}")
+        who = f"{len(trained.visits.subjects)} people" if trained.joined is None else trained.joined.summary()
+        typer.echo(f"{data}: {who}\n  shares of codes' variance: {parts}\n  {out / REPORT}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,15 @@ from probmed.cli.cohorts import (
     AtlasLabelsOption,
     CategoricalOption,
     ClinicalOption,
+    ClinicalTableOption,
     FrequencyOption,
+    Genetic,
+    GeneticOption,
     GenotypesOption,
     MeanOption,
+    MissingOption,
     PhenotypeOption,
+    RegionsOption,
     SpacingOption,
     SubjectOption,
     TimeOption,
@@ -25,6 +30,7 @@ from probmed.cli.cohorts import (
     TimeUnitOption,
     names_in,
     read_atlas,
+    read_sets,
 )
 from probmed.cli.options import DebugOption, Device, DeviceOption, QuietOption, SeedOption, check_device, command_line, make_folder
 from probmed.report import growth_page, rates_page
@@ -69,6 +75,10 @@ def longitudinal(
     ] = True,
     genotypes: GenotypesOption = None,
     min_frequency: FrequencyOption = 0.01,
+    max_missing: MissingOption = 1.0,
+    genetic: GeneticOption = Genetic.grm,
+    regions: RegionsOption = None,
+    clinical_table: ClinicalTableOption = None,
     mean: MeanOption = "",
     clinical: ClinicalOption = "",
     phenotype: PhenotypeOption = "",
@@ -107,16 +117,29 @@ def longitudinal(
         check_device(device)
         levels, used = names_in(categorical), [name for text in (mean, clinical, phenotype) for name in names_in(text)]
         numeric = [name for name in dict.fromkeys(used) if name not in levels and name != scalar]
+        sets = read_sets(regions, genotypes)
         atlas = None if scans is None else read_atlas(atlas_image, atlas_labels)
         made += make_folder(out)
-        inputs = [str(path) for path in (data, genotypes, atlas_image, atlas_labels) if path is not None]
+        paths = (data, genotypes, regions, clinical_table, atlas_image, atlas_labels)
+        inputs = [str(path) for path in paths if path is not None]
         with progress.collected_warnings(inputs) as lines, progress.progress_bar(out.name, quiet) as tell:
             tell("reading", 0.0)
             source = TableSource(subject, time, time_unit.value, genotypes)
-            columns = {"scalars": [] if scalar is None else [scalar], "scans": [] if scans is None else [scans]}
-            visits = source.read(data, covariates=numeric, categorical=levels, scalars=columns["scalars"], scans=columns["scans"])
+            columns: dict[str, Any] = {"scalars": [] if scalar is None else [scalar], "scans": [] if scans is None else [scans]}
+            visits = source.read(data, clinical=clinical_table, covariates=numeric, categorical=levels, **columns)
             people = None if genotypes is None else Genotypes.open(genotypes, count_A1=True)
-            settings = RateSettings(explained, names_in(mean), names_in(clinical), names_in(phenotype), own, baseline.value, min_frequency)
+            settings = RateSettings(
+                explained,
+                names_in(mean),
+                names_in(clinical),
+                names_in(phenotype),
+                own,
+                baseline.value,
+                min_frequency,
+                max_missing,
+                genetic.value,
+                sets,
+            )
             if atlas is None:
                 tell("components", 0.1)
                 result = fit_rates(visits, settings, people)
@@ -130,9 +153,9 @@ def longitudinal(
                 growth = fit_growth(visits, fields, atlas, kept, people, progress=lambda stage, share: tell(stage, 0.8 * share))
                 result, provenance = growth.rates, Provenance.of(command_line(), seed, inputs, lines)
                 components = result.component_table(lambda share: tell("tests", 0.8 + 0.1 * share))
-                regions = regions_of_growth(growth, people)
-                page = growth_page(growth, components, regions, kept, provenance, data.stem, lambda share: tell("held-out visits", 0.9 + 0.1 * share))
-                write_growth_run(growth, components, regions, out, provenance, source, page)
+                volumes = regions_of_growth(growth, people)
+                page = growth_page(growth, components, volumes, kept, provenance, data.stem, lambda share: tell("held-out visits", 0.9 + 0.1 * share))
+                write_growth_run(growth, components, volumes, out, provenance, source, page)
     if not quiet:
         for line in lines:
             progress.say(f"warning: {line}", "yellow")

@@ -320,7 +320,7 @@ def rates_page(
             (row["coefficient"], _figures(row["estimate"]), _figures(row["standard_error"]), _between(row, "low", "high"), _figures(row["p"], 2))
             for row in result.coefficient_table().to_dict("records")
         ],
-        predictions=_image(rate_figures.predictions(found), "predicted against observed change, and histograms of predictive probabilities"),
+        predictions=_predictions(found),
         checks=_checks(result, tell),
         people=_image(rate_figures.single_people(courses, result.settings.scalar), "courses of single people") if courses else None,
         equation=[_marked_up(RATE_EQUATION)],
@@ -364,7 +364,7 @@ def growth_page(
         effects=[
             (name, _image(growth_figures.effect(growth.atlas, *maps), f"yearly growth with {name}")) for name, maps in growth.effect_maps().items()
         ],
-        predictions=_image(rate_figures.predictions(rate_checks.held_out(first)), "predicted against observed change"),
+        predictions=_predictions(rate_checks.held_out(first)),
         checks=_checks(first, tell),
         regions=[_region_row(row) for row in regions.to_dict("records")],
         source="as registered",
@@ -408,7 +408,7 @@ def codes_page(
         shares=_image(rate_figures.parts(codes.shares(), "code"), "shares of the variance of codes"),
         time_scale=f"{codes.time_scale:.3g}",
         latents=[_image(rate_figures.latent(shown, colour, name), f"codes by {name}") for name, colour in colours.items()],
-        predictions=None if found is None else _image(rate_figures.predictions(found[0]), "predicted against observed change"),
+        predictions=None if found is None else _predictions(found[0]),
         regions=[_region_row(row) for row in regions.to_dict("records")],
         source="as decoded from each scan's codes",
         **_follow_up(None if found is None else found[1]),
@@ -451,6 +451,12 @@ def comparison_page(comparison: Comparison, volumes: pd.DataFrame, provenance: P
 def _compared(name: str, row: Mapping[Any, Any]) -> str:
     value = row[name]
     return _between(row, "q025", "q975") if name == "q025" else value if isinstance(value, str) else _figures(value, 4)
+
+
+def _predictions(found: pd.DataFrame) -> Markup | None:
+    """Predicted against observed change, and histograms of predictive probabilities; None where nothing could be held out."""
+    description = "predicted against observed change, and histograms of predictive probabilities"
+    return _image(rate_figures.predictions(found), description) if len(found) else None
 
 
 def _checks(result: RateResult, tell: Callable[[float], None]) -> dict[str, Any]:

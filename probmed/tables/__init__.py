@@ -5,6 +5,7 @@ as a whole. Whatever is left out, people or SNPs, is recorded with its reason as
 """
 
 from probmed.tables.alleles import Alignment, aligned
+from probmed.tables.clinical import read_with_clinical
 from probmed.tables.codings import GenotypeCoding
 from probmed.tables.covariates import CovariateCoding
 from probmed.tables.files import check_columns, read_subjects, read_table
@@ -12,6 +13,7 @@ from probmed.tables.folds import folds, parts_of
 from probmed.tables.genotypes import Genotypes
 from probmed.tables.joins import Joined, join
 from probmed.tables.omissions import Omission
+from probmed.tables.snp_sets import SnpSet, read_snp_sets
 from probmed.tables.visits import Changes, Visits
 
 __all__ = [
@@ -22,12 +24,15 @@ __all__ = [
     "Genotypes",
     "Joined",
     "Omission",
+    "SnpSet",
     "Visits",
     "aligned",
     "check_columns",
     "folds",
     "join",
     "parts_of",
+    "read_snp_sets",
     "read_subjects",
     "read_table",
+    "read_with_clinical",
 ]

@@ -132,12 +132,20 @@ class Genotypes:
             ValueError: where a region is neither.
             UnusableInput: where no SNP is in any.
         """
+        return self._keeping_snps(self.inside(regions), f"outside {', '.join(regions)}")
+
+    def inside(self, regions: Sequence[str]) -> NDArray[np.bool_]:
+        """Which SNPs are ``in_regions``, ``(S,)``.
+
+        Raises:
+            ValueError: where a region is none.
+        """
         place, position = self.snps["chromosome"].to_numpy(), self.snps["position"].to_numpy()
         inside = np.zeros(len(place), dtype=bool)
         for region in regions:
             name, start, end = _region(region)
             inside |= (place == name) & (position >= start) & (position <= end)
-        return self._keeping_snps(inside, f"outside {', '.join(regions)}")
+        return inside
 
     def filtered(self, *, min_frequency: float = 0.0, max_missing: float = 1.0, max_person_missing: float = 1.0) -> Genotypes:
         """Without people who lack many genotypes; then, among those kept, without SNPs that lack many, do not vary, or are rare.

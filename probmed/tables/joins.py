@@ -69,7 +69,7 @@ def join(visits: Visits, clinical: pd.DataFrame | None = None, genotypes: Genoty
         visits.of_subjects(subjects),
         None if clinical is None else clinical.loc[list(subjects)],
         None if genotypes is None else genotypes.of_people(subjects, by),
-        _lacking(tables),
+        (*visits.omissions, *_lacking(tables)),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from probmed.tables.covariates import CovariateCoding, Missing
 from probmed.tables.files import check_columns, check_not_empty, numbers, read_table, subject_names
+from probmed.tables.omissions import Omission
 from probmed.volumes.files import PathLike, UnusableInput
 
 Unit = Literal["years", "days"]
@@ -55,6 +56,7 @@ class Visits:
         scalars, covariates: columns of float64, NaN where missing.
         categorical: covariates of text, None where missing.
         scans: columns of absolute paths, None where missing.
+        omissions: people who were left out.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class Visits:
     covariates: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
     scans: tuple[str, ...] = ()
+    omissions: tuple[Omission, ...] = ()
 
     @classmethod
     def read(
@@ -108,8 +111,8 @@ class Visits:
         table = pd.DataFrame(columns)
         _check_distinct(path, table)
         order = np.lexsort((table["years"], pd.factorize(table["subject"])[0]))
-        roles = (tuple(names) for names in (scalars, covariates, categorical, scans))
-        return cls(path, table.iloc[order].reset_index(drop=True), *roles)
+        rows = table.iloc[order].reset_index(drop=True)
+        return cls(path, rows, tuple(scalars), tuple(covariates), tuple(categorical), tuple(scans))
 
     def __len__(self) -> int:
         return len(self.table)

@@ -329,6 +329,8 @@ def _in_space(affine: NDArray[np.float64], like: NDArray[np.float64]) -> NDArray
 def foreground_unit(data: Tensor) -> tuple[Tensor, Tensor]:
     """Offset and unit of an image: (data − offset) / unit is not negative and has a foreground of mean one. Scanners' units are arbitrary.
 
+    The foreground is what exceeds the mean of all that is not the darkest: in an image of two values the higher, in a constant one everything.
+
     Arguments:
         data: ``(*shape)``, NaN where nothing is known.
 
@@ -340,7 +342,11 @@ def foreground_unit(data: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("expected an image with some values, got one of NaN alone")
     offset = known.min().clamp_max(0.0)
     seen = known[known > known.min()] - offset
-    return offset, seen[seen > seen.mean()].mean()
+    if not len(seen):
+        same = known.max() - offset
+        return offset, torch.where(same > 0, same, torch.ones_like(same))
+    bright = seen[seen > seen.mean()]
+    return offset, bright.mean() if len(bright) else seen.mean()
 
 
 def scaled(data: Tensor) -> Tensor:

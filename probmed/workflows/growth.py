@@ -6,7 +6,8 @@ in a basis of fields → variance components and effects, as of a scalar → for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +29,7 @@ from probmed.slopes import FollowUps, collapse
 from probmed.tables import Genotypes, Joined, Visits
 from probmed.transforms import Affine, Displacement, Transform, Velocity, physical_gradient
 from probmed.volumes import UnusableInput, Volume, atomic_write, read_scan
-from probmed.workflows.longitudinal import RateResult, RateSettings, cohort_of, explained, fit_rates
+from probmed.workflows.longitudinal import RateResult, RateSettings, cohort_of, explained, fit_rates, kernels_of
 from probmed.workflows.propagation import called, label_shares
 from probmed.workflows.registration import RegistrationSettings, check_pair, places, register
 
@@ -276,13 +277,18 @@ def fit_growth(
     check_scans(joined.visits, scans, atlas)
     rows = follow_up_rows(joined.visits, scans)
     follow_ups = FollowUps(joined.visits.years_since_baseline[rows], joined.visits.person[rows], len(joined.subjects))
-    _check_explicable(joined, settings.rates, follow_ups)
+    kernels = dict(kernels_of(joined, settings.rates, joined.subjects))
+    _check_explicable(joined, settings.rates, follow_ups, kernels)
     fields = transported_changes(joined.visits, rows, settings, atlas, registrations, lambda share: tell("registering", share))
     tell("components", 1.0)
     basis = choose_basis(fields, follow_ups, settings, atlas.lattice(settings.spacing_mm), visits.path)
     table = with_coefficients(joined.visits, rows, basis.coefficients(fields))
-    result = fit_rates(table, settings.rates, genotypes, columns=column_names(basis.columns))
+    result = fit_rates(table, settings.rates, joined.genotypes, columns=column_names(basis.columns), kernels=kernels)
     fits = tuple(map(fit_components, result.fit.data.split())) if settings.separate else (result.fit,)
+    unsettled = [name for name, fit in zip(column_names(basis.columns), fits, strict=False) if not fit.converged]
+    if settings.separate and unsettled:
+        names = f"{unsettled[0]} and {len(unsettled) - 1} others" if len(unsettled) > 1 else unsettled[0]
+        warnings.warn(f"{visits.path}: variance components of {names} had not converged; --common has them in common", stacklevel=2)
     return Growth(replace(result, joined=replace(result.joined, omissions=joined.omissions)), fits, basis, atlas, settings)
 
 
@@ -314,9 +320,9 @@ def follow_up_rows(visits: Visits, scans: str) -> Tensor:
     return torch.tensor(later.to_numpy()).nonzero()[:, 0]
 
 
-def _check_explicable(joined: Joined, settings: RateSettings, follow_ups: FollowUps) -> None:
+def _check_explicable(joined: Joined, settings: RateSettings, follow_ups: FollowUps, kernels: Mapping[str, Tensor]) -> None:
     """Refuse too few people or collinear covariates before the registrations."""
-    explained(joined, settings, follow_ups, torch.zeros(len(follow_ups), dtype=torch.float64))
+    explained(joined, settings, follow_ups, torch.zeros(len(follow_ups), dtype=torch.float64), kernels=kernels)
 
 
 def transported_changes(
@@ -448,6 +454,7 @@ class Forecast:
         volumes: a row a label: index, name, ``baseline_ml``, then mean, sd and the ends of the 90 % interval (low, high) at follow-up, ml.
         growth, growth_sd: log det over the years until then, per year, posterior mean and standard deviation, ``(*shape)``.
         shrinking: posterior probability that det < 1.
+        samples: the scan under each of the first draws, ``(S, *shape)``.
     """
 
     baseline: Volume
@@ -460,9 +467,12 @@ class Forecast:
     growth: Tensor
     growth_sd: Tensor
     shrinking: Tensor
+    samples: Tensor
 
 
-def forecast(body: Body, basis: FieldBasis, rate: Prediction, years: float, *, draws: int = 200, seed: int = 0) -> Forecast:
+def forecast(
+    body: Body, basis: FieldBasis, rate: Prediction, years: float, *, draws: int = 200, samples: int = 0, seed: int = 0
+) -> Forecast:
     """What a scan will look like.
 
     The intervals are of the body, not of what a scanner and a segmentation would make of it. They have what is not known of the rate: of β, h, and
@@ -471,18 +481,20 @@ def forecast(body: Body, basis: FieldBasis, rate: Prediction, years: float, *, d
     Arguments:
         rate: of the person's coefficients, ``(J,)`` each, per year.
         years: since the baseline.
-        draws: from the posterior.
+        draws: from the posterior. samples: how many of them become scans.
     """
     white = torch.randn(draws, len(rate.mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return forecast_from(body, basis, rate.mean, rate.mean + rate.sd * white, years)
+    return forecast_from(body, basis, rate.mean, rate.mean + rate.sd * white, years, samples)
 
 
-def forecast_from(body: Body, basis: FieldBasis, mean: Tensor, drawn: Tensor, years: float) -> Forecast:
+def forecast_from(body: Body, basis: FieldBasis, mean: Tensor, drawn: Tensor, years: float, samples: int = 0) -> Forecast:
     """``forecast`` from draws of the person's coefficients, per year; on a lattice over the scan as fine as the basis's.
 
     Arguments:
-        mean: of which the deformation is, ``(J,)``; drawn: of which the intervals are, ``(draws, J)``.
+        mean: of which the deformation is, ``(J,)``; drawn: of which the intervals are, ``(draws, J)``. samples: how many of them become scans.
     """
+    if not 0 <= samples <= len(drawn):
+        raise ValueError(f"expected 0 to {len(drawn)} samples, got {samples}")
     grid = body.scan.grid
     lattice = coarser(grid, min(basis.grid.spacing))
     transport, weights = Transport(body.from_atlas.inverse(), lattice), RegionWeights.of(body, lattice)
@@ -490,26 +502,34 @@ def forecast_from(body: Body, basis: FieldBasis, mean: Tensor, drawn: Tensor, ye
     def velocity(coefficients: Tensor) -> Velocity:
         return transport(Velocity(basis.grid, basis.fields(coefficients[None])[0]))
 
+    def seen_at(points: Tensor) -> Tensor:
+        return sample(body.scan.data[None], grid, points, fill="edge")[0]
+
     volumes, yearly = [], _Moments()
     for coefficients in drawn:
         determinant = Velocity(lattice, years * velocity(coefficients).field).exp(both=False).jacobian_determinant(lattice)
         volumes.append(weights.volumes(determinant))
         yearly.add(determinant.clamp_min(_FOLDED).log() / years)
-    flow = Velocity(lattice, years * velocity(mean).field).exp().with_exact_inverse()
+    def flow_of(coefficients: Tensor) -> Displacement:
+        return Velocity(lattice, years * velocity(coefficients).field).exp().with_exact_inverse()
+
+    flow = flow_of(mean)
     back = flow.inverse()
     there = places(back, grid)
+    scans = [seen_at(places(flow_of(each).inverse(), grid)) for each in drawn[:samples]]
     fine = interpolation_matrices(lattice, grid, yearly.mean)
     return Forecast(
         baseline=body.scan,
         years=years,
         transform=back,
         inverse=flow,
-        predicted=sample(body.scan.data[None], grid, there, fill="edge")[0],
+        predicted=seen_at(there),
         labels=sample(body.labels.data[None], body.labels.grid, body.to_labels(there), "nearest")[0],
         volumes=weights.table(torch.stack(volumes)),
         growth=along_axes(yearly.mean, fine),
         growth_sd=along_axes(yearly.sd, fine),
         shrinking=along_axes(yearly.below_zero, fine),
+        samples=torch.stack(scans) if samples else body.scan.data.new_zeros(0, *grid.shape),
     )
 
 

@@ -13,6 +13,7 @@ A forecast of subject S at 2.5 years, on the voxels of the baseline scan:
   ``_from-followup_to-baseline_mode-image_xfm.nii.gz`` is its inverse;
 - ``_desc-growth.nii.gz`` yearly log det, the posterior mean, ``_desc-growthSd`` its standard deviation, and ``_desc-shrinking`` the posterior
   probability that det < 1;
+- ``_desc-sample001.nii.gz`` and so on, where they are asked for, follow-up scans drawn from the posterior;
 - ``_volumes.tsv`` volumes of the labels with 90 % intervals;
 - a ``.json`` beside each; and for all of them ``predictions.tsv``.
 """
@@ -132,13 +133,14 @@ class GrowthRun:
         """Their column."""
         return self.settings.rates.scalar
 
-    def read(self, path: Path, labels: str | None = None) -> Visits:
+    def read(self, path: Path, labels: str | None = None, clinical: Path | None = None) -> Visits:
         """A table with the columns of the run's own; there is no scan where one is to be predicted.
 
         Arguments:
             labels: column with label maps of the baseline scans.
+            clinical: a table with some of the covariates, a row a person.
         """
-        return self.source.read_scans(path, self.rates.visits, self.scans, labels)
+        return self.source.read_scans(path, self.rates.visits, self.scans, labels, clinical)
 
     def predict(
         self,
@@ -148,6 +150,7 @@ class GrowthRun:
         *,
         labels: str | None = None,
         draws: int = 200,
+        samples: int = 0,
         seed: int = 0,
         tell: Callable[[float], None] = lambda share: None,
     ) -> Iterator[tuple[str, Forecast]]:
@@ -171,7 +174,7 @@ class GrowthRun:
             if subject not in bodies:
                 bodies = {subject: body_of(asked, subject, self.settings, self.atlas, registrations, labels)}
             rate = growth.rate(subject)
-            yield subject, forecast(bodies[subject], self.basis, rate, years, draws=draws, seed=seed)
+            yield subject, forecast(bodies[subject], self.basis, rate, years, draws=draws, samples=samples, seed=seed)
             tell((number + 1) / len(wanted))
 
     def wanted(self, asked: Visits) -> list[tuple[str, float]]:
@@ -311,6 +314,7 @@ def write_growth_run(
     result, settings = growth.rates, growth.settings
     record = run_record(result, provenance, source)
     record["FieldVariances"] = [fit.variances.tolist() for fit in growth.fits]
+    record["FieldConverged"] = [fit.converged for fit in growth.fits]
     record["FieldScales"] = [fit.scales.tolist() for fit in growth.fits]
     record["Growth"] = {name: value for name, value in asdict(settings).items() if name != "rates"}
     record["Labels"] = growth.atlas.names
@@ -329,8 +333,12 @@ def write_growth_run(
         write_record(stage, result, record)
 
 
-def forecast_names(subject: str, years: float) -> dict[str, str]:
-    """Names of all files of a forecast: what it is → name."""
+def forecast_names(subject: str, years: float, samples: int = 0) -> dict[str, str]:
+    """Names of all files of a forecast: what it is → name.
+
+    Arguments:
+        samples: number of drawn scans.
+    """
     stem = f"sub-{_word(subject.removeprefix('sub-'))}_time-{years:.2f}".replace(".", "p")
     return {
         "scan": f"{stem}_desc-predicted.nii.gz",
@@ -342,6 +350,7 @@ def forecast_names(subject: str, years: float) -> dict[str, str]:
         "growth sd": f"{stem}_desc-growthSd.nii.gz",
         "shrinking": f"{stem}_desc-shrinking.nii.gz",
         "volumes": f"{stem}_volumes.tsv",
+        **{f"sample {number}": f"{stem}_desc-sample{number:03d}.nii.gz" for number in range(1, samples + 1)},
     }
 
 
@@ -350,14 +359,14 @@ def _word(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z]", "", name) or "x"
 
 
-def check_forecast_outputs(folder: Path, wanted: Iterable[tuple[str, float]], protect: Iterable[Path]) -> None:
+def check_forecast_outputs(folder: Path, wanted: Iterable[tuple[str, float]], protect: Iterable[Path], samples: int = 0) -> None:
     """Refuse, before any work, to replace an input or what `probmed predict` did not write.
 
     Raises:
         UnusableInput: naming the file.
     """
     for subject, years in wanted:
-        names = forecast_names(subject, years)
+        names = forecast_names(subject, years, samples)
         stem = names["scan"].removesuffix("_desc-predicted.nii.gz")
         check_outputs(folder, with_sidecars(names), stem, protect, "_desc-predicted.json", "probmed predict")
 
@@ -371,8 +380,9 @@ def write_forecast(found: Forecast, folder: Path, subject: str, provenance: Prov
     Raises:
         UnusableInput: where a file would replace an input or one that the command did not write, or cannot be written; then none is.
     """
-    check_forecast_outputs(folder, [(subject, found.years)], protect)
-    names = forecast_names(subject, found.years)
+    samples = len(found.samples)
+    check_forecast_outputs(folder, [(subject, found.years)], protect, samples)
+    names = forecast_names(subject, found.years, samples)
     table = found.volumes[list(VOLUME_COLUMNS)]
     with staged(folder, bids_stem(names["scan"])) as stage:
         described = _write_images(found, stage, names) | _write_warps(found, stage, names)
@@ -391,6 +401,8 @@ def _write_images(found: Forecast, stage: Path, names: dict[str, str]) -> dict[s
         "growth sd": (found.growth_sd, "Its posterior standard deviation."),
         "shrinking": (found.shrinking, "Posterior probability that the determinant is below 1."),
     }
+    for number, drawn in enumerate(found.samples, 1):
+        images[f"sample {number}"] = drawn, f"The scan as it might look {found.years:g} years after the baseline: a draw from the posterior."
     for what, (data, _) in images.items():
         write_scan(stage / names[what], data, like)
     write_labels(stage / names["dseg"], found.labels, like)

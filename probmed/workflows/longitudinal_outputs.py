@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probmed.tables import Genotypes, Visits
+from probmed.tables import Genotypes, Visits, read_with_clinical
 from probmed.tables.visits import Unit
 from probmed.volumes import UnusableInput
 from probmed.workflows.longitudinal import RateResult, RateSettings, fit_rates
@@ -57,15 +57,17 @@ class TableSource:
         genotypes = None if self.genotypes is None else str(self.genotypes.resolve())
         return {"Subject": self.subject, "Time": self.time, "Unit": self.unit, "Genotypes": genotypes}
 
-    def read(self, path: Path, *, empty: bool = False, **roles: Sequence[str]) -> Visits:
-        """Visits, with the columns of ``Visits.read``."""
-        return Visits.read(path, time_unit=self.unit, subject=self.subject, time=self.time, empty=empty, **roles)
+    def read(self, path: Path, *, empty: bool = False, clinical: Path | None = None, **roles: Sequence[str]) -> Visits:
+        """Visits, with the columns of ``Visits.read``; those covariates that a clinical table has, from there."""
+        if clinical is None:
+            return Visits.read(path, time_unit=self.unit, subject=self.subject, time=self.time, empty=empty, **roles)
+        return read_with_clinical(path, clinical, time_unit=self.unit, subject=self.subject, time=self.time, empty=empty, **roles)
 
-    def read_scans(self, path: Path, own: Visits, scans: str, labels: str | None = None) -> Visits:
+    def read_scans(self, path: Path, own: Visits, scans: str, labels: str | None = None, clinical: Path | None = None) -> Visits:
         """A table with the columns of a run's own visits, one of scans, and one of label maps of the baseline scans where there is one; each may be
         empty."""
         columns = [scans, *([] if labels is None else [labels])]
-        return self.read(path, covariates=own.covariates, categorical=own.categorical, scans=columns, empty=True)
+        return self.read(path, covariates=own.covariates, categorical=own.categorical, scans=columns, empty=True, clinical=clinical)
 
 
 @dataclass(frozen=True)
@@ -90,19 +92,22 @@ class RateRun:
         """
         record = read_record(folder)
         try:
-            known = {f.name for f in fields(RateSettings)}
-            chosen = with_tuples({name: value for name, value in record["Settings"].items() if name in known})
             roles: dict[str, Any] = {role: tuple(record["Roles"][role]) for role in ("scalars", "covariates", "categorical")}
             variances = torch.tensor(record["Variances"], dtype=torch.float64)
             visits = Visits.read(folder / "visits.tsv", time_unit="years", time="years", **roles)
-            return cls(RateSettings(**chosen), visits, TableSource.of(record), variances)
+            return cls(RateSettings.of(record["Settings"]), visits, TableSource.of(record), variances)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise no_run(folder, error) from error
 
-    def read(self, path: Path) -> Visits:
-        """A table with the columns of the run's own; the scalar is missing where it is to be predicted."""
+    def read(self, path: Path, clinical: Path | None = None) -> Visits:
+        """A table with the columns of the run's own; the scalar is missing where it is to be predicted.
+
+        Arguments:
+            clinical: a table with some of the covariates, a row a person.
+        """
         own = self.visits
-        return self.source.read(path, scalars=own.scalars, covariates=own.covariates, categorical=own.categorical, empty=True)
+        roles = {"scalars": own.scalars, "covariates": own.covariates, "categorical": own.categorical}
+        return self.source.read(path, empty=True, clinical=clinical, **roles)
 
     def predict(self, asked: Visits, genotypes: Genotypes | None = None) -> pd.DataFrame:
         """A row for each visit without the scalar that is not a person's first: mean, standard deviation and 90 % interval of what will be measured.
@@ -263,6 +268,7 @@ def run_record(result: RateResult, provenance: Provenance, source: TableSource) 
         "Converged": result.fit.converged,
         **source.record(),
         "Roles": {role: getattr(visits, role) for role in ("scalars", "covariates", "categorical")},
+        "Covariates": {role: coding.record() for role, coding in result.codings.items()},
         "GenotypesUsed": None if result.joined.genotypes is None else result.joined.genotypes.record(),
         "People": result.joined.record(),
         **provenance.record(),

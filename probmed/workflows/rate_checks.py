@@ -21,13 +21,16 @@ from probmed.workflows.longitudinal import RateResult
 FOLDS = 10
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 LATER, _NEW = "a later visit", "a new person"
+_COLUMNS = ("task", "subject", "years", "baseline", "observed", "mean", "sd", "quantile")
+_UNTOLD = 1e-6  # of a row of covariates, that no sum of others' rows makes
 
 
 def held_out(result: RateResult, fit: ChangeFit | None = None) -> pd.DataFrame:
     """A row for each visit that is predicted: subject, years, ``task``, observed, mean, sd, and ``quantile``, the predictive probability of less.
 
     ``task`` "a later visit": the last of each person who was seen again more than once, from all visits but these; "a new person": all follow-ups of
-    a tenth of the people, from those of the others.
+    a tenth of the people, from those of the others; but for those whose covariates have an effect that no one else tells, as of a level that nobody
+    else has. There may be no row.
 
     Arguments:
         fit: whose components are taken; the result's own by default.
@@ -37,10 +40,22 @@ def held_out(result: RateResult, fit: ChangeFit | None = None) -> pd.DataFrame:
     rows = [_rows(result, LATER, last := held_back(result), _predicted(fit, last))] if bool(held_back(result).any()) else []
     fold = torch.arange(visits.people)[torch.randperm(visits.people, generator=torch.Generator().manual_seed(0))] % FOLDS
     for number in range(FOLDS):
-        chosen = fold[visits.subject] == number
-        if bool(chosen.any()) and not bool(chosen.all()):
+        chosen = _told_by_others(fit, fold[visits.subject] == number)
+        if bool(chosen.any()):
             rows.append(_rows(result, _NEW, chosen, _predicted(fit, chosen)))
-    return pd.concat(rows, ignore_index=True)
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=list(_COLUMNS))
+
+
+def _told_by_others(fit: ChangeFit, chosen: Tensor) -> Tensor:
+    """Those of whole people's visits, ``(N,)`` bool, of whose people the others tell all linear effects; none where the others are too few."""
+    visits, design = fit.data.visits, fit.data.design
+    others, people = visits.subject[~chosen].unique(), visits.subject[chosen].unique()
+    if not len(others):
+        return torch.zeros_like(chosen)
+    rest = design[people] - design[people] @ torch.linalg.pinv(design[others]) @ design[others]
+    alone = people[rest.norm(dim=1) > _UNTOLD * design[people].norm(dim=1)]
+    kept = chosen & ~torch.isin(visits.subject, alone)
+    return kept if len(visits.subject[~kept].unique()) > design.shape[1] else torch.zeros_like(chosen)
 
 
 def calibration(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -53,7 +68,8 @@ def calibration(predictions: pd.DataFrame) -> pd.DataFrame:
         row["crps"] = float(normal_crps(mean, sd, observed).mean())
         inside = {f"coverage_{round(100 * level)}": float((2 * table["quantile"] - 1).abs().lt(level).mean()) for level in LEVELS}
         rows.append(row | inside)
-    return pd.DataFrame(rows)
+    columns = ["task", "visits", "rmse", "log_density", "crps", *(f"coverage_{round(100 * level)}" for level in LEVELS)]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def ablation(result: RateResult, tell: Callable[[float], None] = lambda share: None) -> pd.DataFrame:

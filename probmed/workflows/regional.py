@@ -5,6 +5,9 @@ The coefficients are those of registrations, or decoded from codes, whose own va
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -41,19 +44,21 @@ def region_table(
     atlas: LabelledScan,
     settings: RateSettings,
     genotypes: Genotypes | None = None,
+    kernels: Mapping[str, Tensor] | None = None,
 ) -> pd.DataFrame:
     """A row a region and kernel: which share of the variance of the region's yearly log change the kernel explains, with its interval and test.
 
     Arguments:
         rows: places of the later visits, ``(N,)``. coefficients: theirs, ``(N, J)``.
+        kernels: between the people, where they are known: of ``fit_rates``.
     """
     regions = region_weights(basis, atlas)
     columns = tuple(f"region_{index:04d}" for index in regions.indices)
     table = with_columns(visits, rows, log_volumes(basis, regions, coefficients), columns)
     found = []
     for index, name, column in zip(regions.indices, regions.names, columns, strict=True):
-        own = RateSettings(column, settings.mean, settings.clinical, settings.phenotype, settings.own, settings.baseline, settings.min_frequency)
-        components = fit_rates(table, own, genotypes).component_table()
+        result = fit_rates(table, replace(settings, scalar=column), genotypes, kernels=kernels)
+        kernels, components = result.kernels, result.component_table()
         components = components.dropna(subset=["share"])[["component", *SHARES]]
         found.append(components.assign(index=index, name=name)[["index", "name", "component", *SHARES]])
     return pd.concat(found, ignore_index=True)
@@ -65,7 +70,7 @@ def regions_of_growth(growth: Growth, genotypes: Genotypes | None = None) -> pd.
     table = torch.tensor(visits.table[list(growth.columns)].to_numpy(copy=True))
     later = torch.tensor(visits.table["subject"].duplicated().to_numpy()) & ~table.isnan().any(1)
     rows = later.nonzero()[:, 0]
-    return region_table(visits, rows, table[rows], growth.basis, growth.atlas, growth.settings.rates, genotypes)
+    return region_table(visits, rows, table[rows], growth.basis, growth.atlas, growth.settings.rates, genotypes, growth.rates.kernels)
 
 
 @torch.no_grad()

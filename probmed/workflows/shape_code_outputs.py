@@ -24,8 +24,8 @@ from probmed.tables import Genotypes, Visits
 from probmed.volumes import UnusableInput
 from probmed.workflows.growth import Forecast, Registrations
 from probmed.workflows.growth_outputs import REGISTRATIONS, field_tensors, read_fields, read_settings, read_tensors, wanted_forecasts
-from probmed.workflows.longitudinal import RateSettings
-from probmed.workflows.longitudinal_outputs import REPORT, TableSource, exact_text, with_tuples
+from probmed.workflows.longitudinal import RateSettings, codings_of
+from probmed.workflows.longitudinal_outputs import REPORT, TableSource, exact_text
 from probmed.workflows.outputs import staged
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.shape_codes import CodeSettings, ShapeCodes, build, predict_scans
@@ -66,13 +66,14 @@ class CodesRun:
         """Their column."""
         return self.codes.settings.growth.rates.scalar
 
-    def read(self, path: Path, labels: str | None = None) -> Visits:
+    def read(self, path: Path, labels: str | None = None, clinical: Path | None = None) -> Visits:
         """A table with the columns of the run's own; there is no scan where one is to be predicted.
 
         Arguments:
             labels: column with label maps of the baseline scans.
+            clinical: a table with some of the covariates, a row a person.
         """
-        return self.source.read_scans(path, self.codes.visits, self.scans, labels)
+        return self.source.read_scans(path, self.codes.visits, self.scans, labels, clinical)
 
     def wanted(self, asked: Visits) -> list[tuple[str, float]]:
         """Subject and years since baseline of what is to be predicted, as ``wanted_forecasts``."""
@@ -87,7 +88,7 @@ class CodesRun:
 
 def _read_codes(folder: Path, record: dict[str, Any], stored: dict[str, Tensor]) -> ShapeCodes:
     made = dict(record["Settings"])
-    rates = RateSettings(**with_tuples(made["growth"]["rates"]))
+    rates = RateSettings.of(made["growth"]["rates"])
     settings = CodeSettings(**{**made, "growth": read_settings(made["growth"], rates)})
     atlas, basis = read_fields(stored, record["Labels"], settings.growth)
     model, guide = build(settings, int(record["FixedEffects"]), record["Components"], basis.columns)
@@ -108,7 +109,7 @@ def write_codes_run(codes: ShapeCodes, regions: pd.DataFrame, folder: Path, prov
     Raises:
         UnusableInput: where a file cannot be written.
     """
-    visits = codes.visits
+    visits, joined, rates = codes.visits, codes.joined, codes.settings.growth.rates
     record = {
         "Settings": asdict(codes.settings),
         "Components": codes.names,
@@ -119,6 +120,9 @@ def write_codes_run(codes: ShapeCodes, regions: pd.DataFrame, folder: Path, prov
         "Loss": codes.log[-1]["loss"] if codes.log else None,
         **source.record(),
         "Roles": {role: getattr(visits, role) for role in ("covariates", "categorical")},
+        "Covariates": {role: coding.record() for role, coding in codings_of(visits, rates, visits.subjects).items()},
+        "GenotypesUsed": None if joined is None or joined.genotypes is None else joined.genotypes.record(),
+        "People": None if joined is None else joined.record(),
         **provenance.record(),
     }
     tensors = field_tensors(codes.atlas, codes.basis) | {"coefficients": codes.coefficients}

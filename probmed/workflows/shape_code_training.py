@@ -14,7 +14,7 @@ from probmed.models.gp_prior_vae import GPPriorGuide, GPPriorVAE, pad_visits
 from probmed.slopes import FollowUps
 from probmed.tables import Genotypes, Visits
 from probmed.workflows.growth import LabelledScan, Registrations, check_scans, choose_basis, follow_up_rows, transported_changes
-from probmed.workflows.longitudinal import cohort_of
+from probmed.workflows.longitudinal import codings_of, cohort_of, tell_of_codings
 from probmed.workflows.shape_codes import CodeSettings, Perceptron, ShapeCodes, build, described
 
 
@@ -41,6 +41,7 @@ def fit_codes(
     """
     growth = settings.growth
     joined = cohort_of(visits, growth.rates, genotypes)
+    tell_of_codings(joined.visits, codings_of(joined.visits, growth.rates, joined.subjects))
     check_scans(joined.visits, growth.rates.scalar, atlas)
     rows = follow_up_rows(joined.visits, growth.rates.scalar)
     years = joined.visits.years_since_baseline
@@ -65,7 +66,7 @@ def fit_codes(
         folder=folder,
         tell=lambda row, share: progress("training", 0.6 + 0.4 * share),
     )
-    return ShapeCodes(settings, atlas, basis, model, guide, joined.visits, coefficients, scale, names, time_scale, log)
+    return ShapeCodes(settings, atlas, basis, model, guide, joined.visits, coefficients, scale, names, time_scale, log, joined)
 
 
 def start_at_leading(model: GPPriorVAE, guide: GPPriorGuide, coefficients: Tensor) -> None:

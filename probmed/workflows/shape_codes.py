@@ -88,6 +88,7 @@ class ShapeCodes:
         basis: b. visits: those that it was trained on.
         coefficients: c of each visit, ``(N, J)`` in units of ``scale`` mm, NaN at baselines and without a scan.
         names: of the kernels. time_scale: years that are one in its time.
+        joined: the people, and who was left out; None of a run that was read again.
     """
 
     settings: CodeSettings
@@ -101,6 +102,7 @@ class ShapeCodes:
     names: tuple[str, ...]
     time_scale: float
     log: list[dict[str, float]] = field(default_factory=list)
+    joined: Joined | None = None
 
     @property
     def scanned(self) -> Visits:
@@ -119,7 +121,7 @@ class ShapeCodes:
     def shares(self) -> pd.DataFrame:
         """A row a code: how its variance divides among the components, at ``time_scale`` years, and noise."""
         prior = self.model.prior
-        shares = pd.DataFrame(prior.shares.tolist(), columns=[*prior.components, "noise"])
+        shares = pd.DataFrame(prior.shares.tolist(), columns=[*self.names, "own", "noise"])
         return shares.set_axis(shares.index + 1).rename_axis("code").reset_index()
 
 
@@ -130,7 +132,7 @@ def build(settings: CodeSettings, fixed: int, names: Sequence[str], columns: int
         fixed: number of fixed effects. names: of the kernels. columns: J.
     """
     with seeded(seed):
-        components: dict[str, nn.Module] = {name: Linear() for name in names} | {"own": Slope()}
+        components: dict[str, nn.Module] = {_input(k): Linear() for k in range(len(names))} | {"own": Slope()}
         prior = CodePrior(settings.codes, components, {"fixed": nn.Linear(fixed, settings.codes, bias=False)})
         model = GPPriorVAE(prior, Perceptron(settings.codes, settings.hidden, columns, centred=True), PixelNormal(0.2, (columns,)))
         guide = GPPriorGuide(model, Perceptron(columns, settings.hidden, 2 * settings.codes))
@@ -151,9 +153,14 @@ def described(joined: Joined, settings: CodeSettings, reference: Sequence[str], 
     spread = design[chosen].std(0, correction=0)
     scale = torch.where(spread > 0, spread, 1.0)
     inputs = {"fixed": time * (design / scale)[person], "own": time}
-    roots = {name: _root(matrix) for name, matrix in kernels_of(joined, rates, reference)}
-    inputs |= {name: time * root[person] for name, root in roots.items()}
-    return Cohort.of(person, inputs), tuple(roots)
+    kernels = kernels_of(joined, rates, reference)
+    inputs |= {_input(k): time * _root(matrix)[person] for k, (_, matrix) in enumerate(kernels)}
+    return Cohort.of(person, inputs), tuple(name for name, _ in kernels)
+
+
+def _input(kernel: int) -> str:
+    """Of the cohort; modules cannot have a kernel's name, in which there may be dots."""
+    return f"kernel {kernel + 1}"
 
 
 def _root(matrix: Tensor) -> Tensor:
@@ -172,6 +179,7 @@ def predict_scans(
     *,
     labels: str | None = None,
     draws: int = 200,
+    samples: int = 0,
     seed: int = 0,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Iterator[tuple[str, Forecast]]:
@@ -200,7 +208,7 @@ def predict_scans(
         # What the decoder expects, without the coefficients' own noise: that is of registrations, and the intervals are of the body.
         person, visit = place[subject, years]
         changes = codes.scale * codes.model.decoder(drawn[:, person, visit])
-        yield subject, forecast_from(body, codes.basis, changes.mean(0) / years, changes / years, years)
+        yield subject, forecast_from(body, codes.basis, changes.mean(0) / years, changes / years, years, samples)
         tell((number + 1) / len(wanted))
 
 
