@@ -28,6 +28,8 @@ from probmed.grids import Grid, MaskedGrid, sample
 from probmed.models.segmentation import Segmentation
 from probmed.priors import FLOOR, DeformationPrior, LabelPrior, Motion
 
+_LOG_SD = (-8.0, 3.0)  # ends of the log standard deviation of q(z | S)
+
 
 class ShapeVAE(LabelPrior):
     """Labels that a network expects for a code of shape, on any grid.
@@ -99,6 +101,13 @@ class ShapeVAE(LabelPrior):
         raise ValueError("a shape code has no motion, and no Laplace posterior: its posterior is that of workflows.shapes.refine")
 
 
+def within(x: Tensor, least: float, greatest: float) -> Tensor:
+    """x between two ends, itself to a thousandth where it is three or more from both; unlike a clamp's its slope is never zero, so that what has gone
+    beyond an end can come back."""
+    above = least + functional.softplus(x - least, beta=2.0, threshold=50.0)
+    return greatest - functional.softplus(greatest - above, beta=2.0, threshold=50.0)
+
+
 def label_maps(shapes: ShapeVAE, labels: Tensor | None = None) -> Tensor:
     """The program of label maps alone, S_v ~ Cat(π_v(z)), on the prior's own grid; in a plate, of a batch.
 
@@ -133,7 +142,7 @@ class ShapeGuide(PyroModule):
         """q(z | S) for label probabilities ``(*batch, K, *grid.shape)``; batch ``(*batch, L)``."""
         batch = probabilities.shape[: -self.grid.ndim - 1]
         loc, log_sd = self.network(probabilities.reshape(-1, *probabilities.shape[-self.grid.ndim - 1 :])).chunk(2, 1)
-        return Normal(loc.reshape(*batch, -1), log_sd.clamp(-8, 3).exp().reshape(*batch, -1))
+        return Normal(loc.reshape(*batch, -1), within(log_sd, *_LOG_SD).exp().reshape(*batch, -1))
 
     def of_labels(self, labels: Tensor) -> Normal:
         """q(z | S) for label maps ``(*batch, *grid.shape)``."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyro
 import pytest
@@ -17,12 +18,14 @@ from pyro import poutine
 from pyro.distributions import Normal
 from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from probmed.appearances import BiasField, GaussianMixture
+from probmed.cli import app
 from probmed.grids import Grid, MaskedGrid
 from probmed.inference.amortised import elbo_loss
 from probmed.inference.em import ascend, em, log_joint
-from probmed.inference.training import TrainingSettings
+from probmed.inference.training import Row, TrainingSettings
 from probmed.metrics import dice
 from probmed.models.segmentation import Segmentation
 from probmed.models.shape_vae import (
@@ -36,9 +39,14 @@ from probmed.models.shape_vae import (
     log_likelihood,
     standard_divergence,
     traversal,
+    within,
 )
 from probmed.priors import AffinePrior, AffineVelocity, SmoothVelocity
-from probmed.volumes import UnusableInput, Volume, write_labels
+from probmed.report.palette import distinct, rgb
+from probmed.report.panels import png
+from probmed.report.shape_figures import shape_figure
+from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
+from probmed.workflows.shape_summary import summarise
 from probmed.workflows.shapes import (
     ShapeSettings,
     TrainedShapes,
@@ -50,10 +58,12 @@ from probmed.workflows.shapes import (
     label_draws,
     mean_atlas,
     read_label_maps,
+    read_unlabelled,
     refine,
     segment_with_shapes,
     usual_bias,
 )
+from probmed.workflows.training_sets import Augmentation
 
 pytestmark = pytest.mark.usefixtures("float64", "local_parameters")
 
@@ -255,6 +265,40 @@ def test_bound_of_a_scan_is_below_its_evidence_and_refinement_raises_it() -> Non
     assert evidence - after < 0.5
 
 
+def test_ends_of_the_log_standard_deviation_are_soft() -> None:
+    x = torch.linspace(-30, 30, 601).requires_grad_()
+    y = within(x, -8.0, 3.0)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert (y.diff() >= 0).all() and y.min() > -8 - 1e-6 and y.max() <= 3
+    middle = (x >= -5) & (x <= 0)
+    assert ((y - x)[middle].abs() < 2e-3).all()
+    near = (x > -12) & (x < 7)
+    assert (slope[near] > 1e-4).all() and (slope[middle] > 0.99).all()
+    # What a network says beyond the ends is heard of: its gradient points back.
+    network = nn.Linear(12, 2)
+    nn.init.constant_(network.weight, 0.0)
+    network.bias.data = torch.tensor([0.0, 4.0])
+    reading = nn.Sequential(nn.Flatten(), network)
+    standard_divergence(ShapeGuide(tiny_shapes(), reading).of_labels(every_label_map()[:3])).sum().backward()
+    assert network.bias.grad is not None and float(network.bias.grad[1]) > 1
+
+
+def test_a_summary_is_the_mean_evidence_and_that_of_the_mean_atlas() -> None:
+    shapes, maps = tiny_shapes(), every_label_map()
+    guide = ShapeGuide(shapes, Reading())
+    trained = TrainedShapes(ShapeSettings(1), (0, 7), shapes, guide, guide)
+    found = summarise(trained, maps, maps[::7], draws=5000)
+    exact = exact_evidence(shapes, maps[::7])
+    assert found.log_evidence == pytest.approx(float(exact.mean()), abs=0.02)
+    each = torch.distributions.Categorical(logits=trained.log_atlas.movedim(0, -1)).log_prob(maps[::7]).flatten(1).sum(1)
+    assert found.mean_atlas == pytest.approx(float(each.mean()))
+    assert found.gain_error == pytest.approx(float((exact - each).std()) / 10**0.5, rel=0.05)
+    assert (found.codes, found.held_out, found.draws) == (1, 10, 5000) and found.active == (0,)
+    assert f"1 of 1 codes tell label maps apart; log p(S) of 10 label maps left out: {found.log_evidence:.1f} nats a map" in found.line
+    without = summarise(trained, maps)
+    assert without.log_evidence is None and without.line == "1 of 1 codes tell label maps apart"
+
+
 # Ellipses of two factors.
 
 GRID = Grid.from_spacing((16, 14), 3.0)
@@ -389,6 +433,99 @@ def test_warm_up_changes_the_training_and_not_the_bounds() -> None:
     assert all(row["held_out"] < 0 for log in logs for row in log)
 
 
+def test_a_run_that_was_stopped_ends_in_the_same_shapes(tmp_path: Path) -> None:
+    def run(folder: Path, stop: int | None = None) -> tuple[TrainedShapes, list[Row]]:
+        folder.mkdir(exist_ok=True)
+
+        def tell(row: Row, share: float) -> None:
+            if row["step"] == stop:
+                raise KeyboardInterrupt
+
+        settings, change = ShapeSettings(2, 4, warm_up=3), Augmentation()
+        torch.set_default_dtype(torch.float32)  # as command lines have it; the fixture sets it back
+        return fit_shapes(
+            ellipses(20, 0), GRID, (0, 7), NAMES, settings, TrainingSettings(4, every=1), batch=4, augmentation=change, folder=folder, tell=tell
+        )
+
+    whole, log = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop=2)
+    assert not (tmp_path / "parts" / "shapes.safetensors").exists()
+    parts, again = run(tmp_path / "parts")
+    for name in ("shapes", "guide", "reader"):
+        first, second = (getattr(each, name).state_dict() for each in (whole, parts))
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert [row["loss"] for row in again] == [row["loss"] for row in log]
+
+
+def test_a_reader_s_run_that_was_stopped_ends_in_the_same_numbers(tmp_path: Path) -> None:
+    images = [scan(labels, 0.5, n) for n, labels in enumerate(ellipses(3, 4))]
+
+    def run(folder: Path, steps: int) -> dict[str, Tensor]:
+        folder.mkdir(exist_ok=True)
+        trained = brief()
+
+        def tell(row: Row, share: float) -> None:
+            if row["step"] == steps:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit_reader(trained, images, [GRID] * 3, TrainingSettings(3, every=1), batch=2, folder=folder, tell=tell)
+        return trained.reader.state_dict()
+
+    whole = run(tmp_path / "whole", 3)
+    run(tmp_path / "parts", 1)
+    parts = run(tmp_path / "parts", 3)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert not torch.equal(*(each["network.head.2.bias"] for each in (whole, brief().reader.state_dict())))
+
+
+def test_a_picture_shows_samples_label_maps_and_codes() -> None:
+    trained = brief()
+    figure = shape_figure(trained, ellipses(5, 0), (1,))
+    images = [axis for axis in figure.axes if axis.get_images()]
+    # Seven drawn, five maps and what is made of them, seven values of a code.
+    assert len(images) == 7 + 5 + 5 + 7
+    assert [text.get_text() for text in figure.texts] == ["drawn", "label maps", "rebuilt", "code 2"]
+    shown = np.asarray(images[7].get_images()[0].get_array())
+    assert {tuple(colour) for colour in shown.reshape(-1, 3)} == {(1.0, 1.0, 1.0), rgb(distinct(1)[0])}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["organ"]
+    assert png(figure)[:4] == b"\x89PNG" and png(figure) == png(shape_figure(trained, ellipses(5, 0), (1,)))
+    solid = Grid.from_spacing((8, 9, 6), 2.0)
+    labels = (solid.coordinates().norm(dim=-1) < 6).long().expand(3, -1, -1, -1)
+    flat = fit_shapes(labels, solid, (0, 7), NAMES, ShapeSettings(2, 2), TrainingSettings(1))[0]
+    assert len([axis for axis in shape_figure(flat, labels, ()).axes if axis.get_images()]) == 7 + 3 + 3
+
+
+def test_shapes_and_a_reader_on_the_command_line(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)  # as it is on the command line; the fixture sets it back
+    rows = []
+    for n, labels in enumerate(ellipses(6, 0)):
+        like = Volume.from_grid(torch.zeros(GRID.shape), GRID)
+        write_labels(tmp_path / f"{n}_dseg.nii.gz", 7 * labels, like=like)
+        write_scan(tmp_path / f"{n}.nii.gz", scan(labels, 0.5, n)[0].float(), like)
+        rows.append({"scan": f"{n}.nii.gz", "labels": f"{n}_dseg.nii.gz", "fold": 1 + n % 3})
+    table = pd.DataFrame(rows)
+    table.to_csv(tmp_path / "maps.tsv", sep="\t", index=False)
+    table[["scan"]].to_csv(tmp_path / "scans.tsv", sep="\t", index=False)
+    options = ["train", "shapes", "--data", str(tmp_path / "maps.tsv"), "--fold", "1", "--codes", "2", "--steps", "2", "--reader-steps", "2"]
+    run = tmp_path / "run"
+    result = CliRunner().invoke(app, [*options, "--scans", str(tmp_path / "scans.tsv"), "-o", str(run)])
+    assert result.exit_code == 0, result.output
+    assert "log p(S) of 2 label maps left out" in result.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["held_out"] == 2 and summary["log_evidence"] < 0 and len(summary["active"]) <= 2
+    assert (run / "shapes.png").read_bytes()[:4] == b"\x89PNG" and (run / "reader" / "log.csv").exists()
+    trained = TrainedShapes.load(run)
+    read, written = (each.state_dict() for each in (trained.reader, trained.guide))
+    assert not all(torch.equal(value, written[name]) for name, value in read.items())
+    bad = CliRunner().invoke(app, [*options, "--scans", str(tmp_path / "no.tsv"), "-o", str(tmp_path / "new")])
+    assert bad.exit_code == 2 and not (tmp_path / "new").exists()
+    table[["labels"]].to_csv(tmp_path / "scans.tsv", sep="\t", index=False)
+    bad = CliRunner().invoke(app, [*options, "--scans", str(tmp_path / "scans.tsv"), "-o", str(tmp_path / "new")])
+    assert bad.exit_code == 2 and "has no column 'scan'" in " ".join(bad.stderr.split())
+
+
 def test_saved_shapes_are_the_same(tmp_path: Path) -> None:
     first = brief()
     first.save(tmp_path)
@@ -453,6 +590,13 @@ def test_bad_input_is_told_in_one_line(tmp_path: Path) -> None:
         fit_reader(brief(), [], [])
     with pytest.raises(UnusableInput, match="no column labels"):
         read_label_maps(pd.DataFrame({"scan": ["a"]}), tmp_path / "table.csv")
+    with pytest.raises(UnusableInput, match="no column scan"):
+        read_unlabelled(pd.DataFrame({"labels": ["a"]}), tmp_path / "table.csv", 2)
+    with pytest.raises(UnusableInput, match="has no rows"):
+        read_unlabelled(pd.DataFrame({"scan": []}), tmp_path / "table.csv", 2)
+    write_scan(tmp_path / "flat.nii.gz", torch.rand(GRID.shape), Volume.from_grid(torch.zeros(GRID.shape), GRID))
+    with pytest.raises(UnusableInput, match="has 2 axes, and the shapes have 3"):
+        read_unlabelled(pd.DataFrame({"scan": ["flat.nii.gz"]}), tmp_path / "table.csv", 3)
     with pytest.raises(UnusableInput, match="has no rows"):
         read_label_maps(pd.DataFrame({"labels": []}), tmp_path / "table.csv")
     write_labels(tmp_path / "a.nii.gz", 3 * ellipses(1, 0)[0], like=Volume.from_grid(torch.zeros(GRID.shape), GRID))

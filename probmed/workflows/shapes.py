@@ -38,7 +38,7 @@ from probmed.models.shape_vae import ImageShapeGuide, ShapeGuide, ShapeVAE, chec
 from probmed.priors import FixedAtlas
 from probmed.shape_networks import ShapeDecoder, ShapeEncoder
 from probmed.transforms import warp
-from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, scaled
+from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, scaled
 from probmed.workflows.amortisation import brought
 from probmed.workflows.cohorts import common_grid, own_world
 from probmed.workflows.training_sets import Augmentation
@@ -293,6 +293,27 @@ def fit_shapes(
     return trained, log
 
 
+def read_unlabelled(table: pd.DataFrame, source: Path, ndim: int) -> tuple[list[Tensor], list[Grid]]:
+    """Scans of a table, scaled, ``(1, *shape)``, each on its own voxels in a world of its own, in which shape priors are.
+
+    Arguments:
+        table: column ``scan``: paths, relative ones to the table's folder. source: the table's path. ndim: of the prior.
+
+    Raises:
+        UnusableInput: for a table without the column or without rows, and scans of another dimension.
+    """
+    if "scan" not in table.columns:
+        raise UnusableInput(source, f"has no column scan (it has {', '.join(map(str, table.columns))})", "give a column scan with paths")
+    if table.empty:
+        raise UnusableInput(source, "has no rows", "give a row for each scan")
+    volumes = [read_scan(source.parent / str(path)) for path in table["scan"]]
+    for volume in volumes:
+        if volume.grid.ndim != ndim:
+            remedy = "give scans of one dimension with the label maps"
+            raise UnusableInput(volume.name, f"has {volume.grid.ndim} axes, and the shapes have {ndim}", remedy)
+    return [scaled(volume.data)[None].to(torch.get_default_dtype()) for volume in volumes], [in_own_world(volume.grid) for volume in volumes]
+
+
 def fit_reader(
     trained: TrainedShapes,
     images: Sequence[Tensor],
@@ -301,6 +322,8 @@ def fit_reader(
     *,
     model: Segmentation | None = None,
     batch: int = 4,
+    folder: Path | None = None,
+    tell: Callable[[Row, float], None] = lambda row, share: None,
 ) -> list[Row]:
     """Train q(z | I) in place on scans without labels, through the collapsed likelihood; the prior stays as it is.
 
@@ -309,6 +332,7 @@ def fit_reader(
     Arguments:
         images: ``(C, *shape)`` each, and the grid of each in the prior's world.
         model: with ``trained.shapes`` as its labels; the usual one by default.
+        folder: where the run is kept, and goes on from. tell: as ``inference.training.train``.
 
     Returns:
         The log: the loss is the mean negative ELBO of a scan, in nats.
@@ -334,7 +358,8 @@ def fit_reader(
         return torch.randint(len(images), (min(batch, len(images)),), generator=generator)
 
     try:
-        return train(loss, {"reader": trained.reader}, draw, training)
+        described = {"scans": len(images), "batch": batch}
+        return train(loss, {"reader": trained.reader}, draw, training, folder=folder, described=described, tell=tell)
     finally:
         for p in held:
             p.requires_grad_(True)
