@@ -153,6 +153,16 @@ def test_two_scans_can_be_learned_by_heart(name: str) -> None:
     assert log[-1]["dice"] > 0.97
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fcn", "deepmedic", "deepmedic-three"])
+def test_two_scans_in_3d_can_be_learned_by_heart(name: str) -> None:
+    grid = Grid.from_spacing((16, 14, 12), 2.5)
+    data = cohort(2, 3, grid)
+    trained = TrainedSegmenter.build(grid, SegmenterSettings(name), data.codes)
+    log = train_segmenter(trained, labelled(data.images, data.labels, grid, 2), TrainingSettings(50, 1e-2, every=50), validation=data)
+    assert log[-1]["dice"] > 0.9
+
+
 @pytest.mark.parametrize(
     "settings", [SegmenterSettings("fcn", dropout=0.2), SegmenterSettings("fcn", adversary=0.1), SegmenterSettings("probabilistic-unet")]
 )
@@ -494,6 +504,10 @@ def test_networks_that_cannot_be_used_get_one_line_about_the_file(tmp_path: Path
     """Of another system, another version, another network, without what describes it, or cut off."""
     path, weights = tmp_path / "network.json", tmp_path / "network.safetensors"
     assert f"{tmp_path}: holds no segmentation network" in faults_of(tmp_path)
+    for fold in ("fold-a", "fold-b"):
+        (tmp_path / fold).mkdir()
+        TrainedSegmenter.build(GRID, SegmenterSettings("fcn"), (0, 1)).save(tmp_path / fold)
+    assert "give those inside it, one or several: fold-a, fold-b" in faults_of(tmp_path)
     TrainedSegmenter.build(GRID, SegmenterSettings("fcn"), (0, 1, 2)).save(tmp_path)
     described = json.loads(path.read_text())
     whole = weights.read_bytes()

@@ -48,6 +48,8 @@ def read_network(folder: Path, system: str) -> Iterator[dict[str, Any]]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        inside = sorted(each.parent.name for each in folder.glob(f"*/{DESCRIPTION}"))
+        remedy = f"give those inside it, one or several: {', '.join(inside)}" if inside else remedy  # of a cross-validation
         raise UnusableInput(folder, f"holds no {system} network ({DESCRIPTION}: {error.strerror or error})", remedy) from error
     except ValueError as error:
         raise UnusableInput(path, f"is no JSON ({error})", remedy) from error
