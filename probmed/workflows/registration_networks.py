@@ -10,8 +10,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from probmed.fields import ModulatedField
 from probmed.grids import Grid
@@ -182,7 +181,7 @@ class TrainedRegistration:
         return self.posterior(moving, fixed).loc
 
 
-class GivenVelocity(PyroModule):
+class GivenVelocity(nn.Module):
     """The sites of a ``RegistrationGuide`` beside the velocity, which is to be conditioned: what a posterior of one pair needs of it. The network is
     not asked."""
 
