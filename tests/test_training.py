@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def in_a_process(fabric: Fabric, folder: Path) -> None:
 def test_two_processes_share_the_mean_of_their_gradients(tmp_path: Path) -> None:
     """Each has data of its own; both end where one process does that takes the mean of both gradients."""
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
-    fabric.launch(in_a_process, tmp_path)
+    fabric.launch(partial(in_a_process, folder=tmp_path))
     found = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
     module = network().eval()
     optimiser = torch.optim.Adam(module.parameters(), lr=0.02)
