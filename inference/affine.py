@@ -120,7 +120,8 @@ def align_images(
     label = torch.bucketize(values, _edges(values, bins)[1:-1])
     edges = _edges(moving[~moving.isnan()], bins)
     # Beyond its edge the image goes on as its nearest voxel, so that images that part gain nothing by it.
-    image = ((moving.nan_to_num(float(edges[0])) - edges[0]) / (edges[1] - edges[0]) - 0.5).clamp(0, bins - 1 - 1e-4)
+    known = None if not bool(moving.isnan().any()) else (~moving.isnan()).float()
+    image = ((moving - edges[0]) / (edges[1] - edges[0]) - 0.5).clamp(0, bins - 1 - 1e-4).nan_to_num(0.0)
     homogeneous = torch.cat([world, torch.ones(len(world), 1)], 1).T.contiguous()
     to_voxels = moving_grid.inverse_affine[:d].float()
     centre, middle = _centre_of_mass(fixed, grid), _centre_of_mass(moving, moving_grid)
@@ -129,8 +130,12 @@ def align_images(
     plausible = torch.tensor([_TRANSLATION * reach] * d + [_ROTATION] * shears + [_STRETCH] * d + [_STRETCH / math.sqrt(2)] * shears)
 
     def information(matrix: Tensor, values: Tensor, chosen: slice) -> Tensor:
-        joint = _JointHistogram.apply(to_voxels @ matrix, homogeneous[:, chosen], bins * label[chosen], image, bins)
-        return mutual_information(joint.reshape(bins, bins)) - (values / plausible).square().sum() / 2 / _OBSERVATIONS
+        joint = _JointHistogram.apply(to_voxels @ matrix, homogeneous[:, chosen], bins * label[chosen], image, bins, known)
+        found = mutual_information(joint.reshape(bins, bins))
+        if known is not None:
+            # Points where the moving image is unknown tell nothing: without their share in the sum, an image would hide what does not match.
+            found = found * joint.sum() / len(label[chosen])
+        return found - (values / plausible).square().sum() / 2 / _OBSERVATIONS
 
     by_mass, none = _translation(middle - centre), torch.zeros(rigid)
     starts = [(torch.eye(d + 1), none), (by_mass, none)]
@@ -148,22 +153,36 @@ class _JointHistogram(torch.autograd.Function):
 
     Arguments:
         matrix: points to voxels of the image, ``(d, d+1)``. points: homogeneous, ``(d+1, N)``. first: cell with which a point's row begins, ``(N,)``.
-        image: ``(*shape)`` in bins, in [0, bins − 1); linear Parzen windows.
+        image: ``(*shape)`` in bins, in [0, bins − 1), 0 where unknown; linear Parzen windows.
+        known: ``(*shape)``, 1 where the image is known and 0 elsewhere: a point counts by the share of its corners that are, and has their mean. None
+            where all of it is.
     """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, points: Tensor, first: Tensor, image: Tensor, bins: int) -> Tensor:
-        value, slopes = _interpolated(image, matrix @ points)
+    def forward(ctx: Any, matrix: Tensor, points: Tensor, first: Tensor, image: Tensor, bins: int, known: Tensor | None = None) -> Tensor:
+        position = matrix @ points
+        value, slopes = _interpolated(image, position)
+        weight = weight_slopes = None
+        if known is not None:
+            weight, weight_slopes = _interpolated(known, position)
+            some = weight.clamp_min(1e-6)
+            value = (value / some).clamp_max(bins - 1 - 1e-4)  # rounding apart, a mean of values in bins
+            slopes = (slopes - value * weight_slopes) / some
         low = value.floor()
         share, cell = value - low, first + low.long()
-        ctx.save_for_backward(points, slopes, cell)
-        return value.new_zeros(bins * bins).index_add_(0, cell, 1 - share).index_add_(0, cell + 1, share)
+        ctx.save_for_backward(points, slopes, cell, share, weight, weight_slopes)
+        one, other = (1 - share, share) if weight is None else (weight * (1 - share), weight * share)
+        return value.new_zeros(bins * bins).index_add_(0, cell, one).index_add_(0, cell + 1, other)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        points, slopes, cell = ctx.saved_tensors
-        change = gradients[0][cell + 1] - gradients[0][cell]
-        return (slopes * change) @ points.T, None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        points, slopes, cell, share, weight, weight_slopes = ctx.saved_tensors
+        here, next_ = gradients[0][cell], gradients[0][cell + 1]
+        change = next_ - here
+        along = slopes * change
+        if weight is not None:
+            along = weight * along + weight_slopes * (here + share * change)
+        return along @ points.T, None, None, None, None, None
 
 
 def _interpolated(image: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,9 +298,9 @@ def _edges(values: Tensor, bins: int) -> Tensor:
 
 def _centre_of_mass(image: Tensor, grid: Grid) -> Tensor:
     """Mean position weighted by intensity above the second percentile, mm."""
-    weight = image.nan_to_num(0.0)
-    low, high = torch.quantile(weight.flatten()[:: max(1, weight.numel() // 100_000)], torch.tensor([0.02, 0.98]))
-    weight = ((weight - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    inside = image[~image.isnan()]
+    low, high = torch.quantile(inside[:: max(1, len(inside) // 100_000)], torch.tensor([0.02, 0.98], dtype=inside.dtype))
+    weight = ((image - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).nan_to_num(0.0)
     return (grid.coordinates() * weight[..., None]).flatten(0, -2).sum(0) / weight.sum().clamp_min(1e-12)
 
 

@@ -156,6 +156,68 @@ def test_missing_voxels_are_left_out() -> None:
     assert not torch.isnan(found.matrix).any()
 
 
+@pytest.mark.parametrize("gap", [0.0, 0.3])
+def test_the_joint_histogram_of_what_is_known(gap: float) -> None:
+    """Each point counts by the share of its corners that are known, with their mean; the gradient is that of differences."""
+    torch.manual_seed(0)
+    bins, image = 6, 5 * torch.rand(7, 6, dtype=torch.float64)
+    known = (torch.rand(7, 6) >= gap).double()
+    points = torch.cat([torch.rand(2, 40, dtype=torch.float64) * 4 + 0.7, torch.ones(1, 40, dtype=torch.float64)])
+    first, matrix = bins * torch.randint(bins, (40,)), torch.eye(3, dtype=torch.float64)[:2] + 0.02
+
+    def histogram(m: Tensor, mask: Tensor | None) -> Tensor:
+        return _JointHistogram.apply(m, points, first, image if mask is None else image * mask, bins, mask)  # type: ignore[no-any-return]
+
+    if gap == 0:
+        torch.testing.assert_close(histogram(matrix, known), histogram(matrix, None))
+    else:
+        shares, _ = _interpolated(known, matrix @ points)
+        assert float(shares.sum()) < 39
+        torch.testing.assert_close(histogram(matrix, known).sum(), shares.sum())
+    weights = torch.randn(bins * bins, dtype=torch.float64)
+    leaf = matrix.clone().requires_grad_()
+    (histogram(leaf, known) @ weights).backward()
+    assert leaf.grad is not None
+    for index in ((0, 0), (1, 2), (0, 1)):
+        step = torch.zeros_like(matrix)
+        step[index] = 1e-6
+        slope = float((histogram(matrix + step, known) - histogram(matrix - step, known)) @ weights) / 2e-6
+        assert float(leaf.grad[index]) == pytest.approx(slope, rel=1e-4, abs=1e-4)
+
+
+@DIMENSIONS
+def test_unknown_voxels_of_the_moving_image_are_left_out(d: int) -> None:
+    """Not taken for dark ones: a large part of the head is unknown, and the map is nearly what it is with all of it."""
+    fixed, moving, grid = scans(d, known_map(d, 3 * (d - 1)))
+    masked = moving.clone()
+    masked[: 2 * len(moving) // 5] = math.nan
+    found = align_images(fixed, grid, masked, grid, parameters=3 * (d - 1))
+    assert errors(found.matrix, known_map(d, 3 * (d - 1)), grid).max() < 0.25
+
+
+def test_unknown_voxels_are_not_dark_ones() -> None:
+    """A faint texture, dark in one square of the fixed image and unknown in another of the moving one: the squares are no match of each other."""
+    grid = Grid.from_spacing((60, 60), 1.0)
+    x = grid.coordinates(torch.float64)
+    shift = torch.tensor([4.0, -3.0], dtype=torch.float64)
+
+    def texture(points: Tensor) -> Tensor:
+        wave = torch.sin(0.35 * points[..., 0] + torch.sin(0.2 * points[..., 1])) + torch.cos(0.3 * points[..., 1])
+        return (1.5 + 0.25 * wave).float()
+
+    def square(points: Tensor, *centre: float) -> Tensor:
+        return ((points - torch.tensor(centre)).abs() < 9).all(-1)
+
+    torch.manual_seed(0)
+    fixed = texture(x).masked_fill(square(x, -5.0, 5.0), 0.0) + 0.15 * torch.randn(grid.shape)
+    moving = texture(x - shift) + 0.15 * torch.randn(grid.shape)
+    masked = moving.masked_fill(square(x, 8.0, -4.0), math.nan)
+    truth = Affine(torch.tensor([[1.0, 0.0, 4.0], [0.0, 1.0, -3.0], [0.0, 0.0, 1.0]]))
+    off = [float((Affine(align_images(fixed, grid, m, grid, 3).matrix)(x) - truth(x)).norm(dim=-1).mean()) for m in (masked, masked.nan_to_num(0.0))]
+    assert off[0] < 1
+    assert off[1] > 3
+
+
 def test_the_seed_fixes_the_result() -> None:
     fixed, moving, grid = scans(2, known_map(2))
     first, again, other = (align_images(fixed, grid, moving, grid, points=800, seed=s) for s in (3, 3, 4))
