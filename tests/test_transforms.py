@@ -248,6 +248,22 @@ def test_draws_of_the_default_prior_of_registration_do_not_fold(d: int, size: in
             assert each.jacobian_determinant(grid, torch.float64).min() > 0
 
 
+@pytest.mark.parametrize(("d", "size", "spacing_mm"), [(2, 64, 1.0), (3, 24, 1.75), (3, 24, 3.5)])
+def test_exact_inverses_of_draws_of_registration_s_default_prior_undo_them(d: int, size: int, spacing_mm: float) -> None:
+    """At every node whose path stays on the grid to 0.05 voxel, which exp(−v) is far from."""
+    grid = Grid.from_spacing((size,) * d, spacing_mm)
+    prior = SmoothVelocity(grid, *prior_scales(grid), alpha=RegistrationSettings().alpha).prior()
+    x = grid.coordinates(torch.float64)
+    inner = tuple(slice(4, -4) for _ in range(d))
+    for _ in range(3):
+        known = Velocity(grid, prior.rsample()).exp()
+        exact = known.with_exact_inverse()
+        off, before = ((flow(flow.inverse()(x)) - x).norm(dim=-1) / spacing_mm for flow in (exact, known))
+        assert off[inner].max() < 0.05
+        assert before[inner].max() > 0.08
+        assert (off <= before + 1e-9).all()
+
+
 @DIMENSIONS
 def test_squarings_follow_the_largest_velocity(d: int) -> None:
     grid = oblique(d)
