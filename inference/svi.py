@@ -89,6 +89,27 @@ def _annealing_starts(losses: Sequence[float], window: int, tolerance_nats: floa
     return has_converged(losses, window, tolerance_nats, patience)
 
 
+def _factor(schedule: str | Schedule) -> Schedule:
+    """By its name, or the function itself."""
+    factor = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
+    if factor is None:
+        raise ValueError(f"expected a schedule among {sorted(SCHEDULES)} or a function, got {schedule!r}")
+    return factor
+
+
+def _parameters(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, nn.Parameter]:
+    """``learnable``; what stops it is often a value that is not finite, and then that is named."""
+    try:
+        return learnable(model, guide, args, kwargs)
+    except (ValueError, RuntimeError) as error:
+        found = non_finite_sites(model, guide, *args, **kwargs)
+        if found:
+            raise NotFinite(0, found) from error
+        raise
+
+
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -137,9 +158,7 @@ def fit(
         ValueError: for settings out of range, parameters outside modules, none to learn.
         UnusableInput: for a checkpoint of another fit.
     """
-    factor = SCHEDULES.get(schedule) if isinstance(schedule, str) else schedule
-    if factor is None:
-        raise ValueError(f"expected a schedule among {sorted(SCHEDULES)} or a function, got {schedule!r}")
+    factor = _factor(schedule)
     if steps < 1 or learning_rate <= 0 or window < 2 or patience < 1 or particles < 1 or checkpoint_every < 1:
         raise ValueError(
             "expected steps, patience, particles and checkpoint_every >= 1, learning_rate > 0 and window >= 2, got "
@@ -166,13 +185,7 @@ def fit(
     with seeded(seed, devices), local_parameters(model, guide), warnings.catch_warnings():
         # Pyro warns of a loss that is not finite; here that is an error which says where.
         warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
-        try:
-            parameters = learnable(model, guide, args, kwargs)
-        except (ValueError, RuntimeError) as error:
-            found = non_finite_sites(model, guide, *args, **kwargs)
-            if found:
-                raise NotFinite(0, found) from error
-            raise
+        parameters = _parameters(model, guide, args, kwargs)
         chosen = optimiser(list(parameters.values()), lr=learning_rate)
         buffers = buffers_of({"guide": guide, "model": model})
         losses: list[float] = []
