@@ -88,8 +88,11 @@ class ChangeData:
         return self.change.reshape(len(self.change), -1)
 
     def split(self) -> list[ChangeData]:
-        """Each column alone, with the same relationship."""
-        return [replace(self, change=self.columns[:, j : j + 1]) for j in range(self.columns.shape[1])]
+        """Each column alone, with the same relationship; the kernels between those seen are held once for all."""
+        parts = [replace(self, change=self.columns[:, j : j + 1]) for j in range(self.columns.shape[1])]
+        for part in parts:
+            vars(part)["among_seen"] = self.among_seen
+        return parts
 
     def noises(self, variances: Tensor) -> tuple[Tensor, Tensor]:
         """σ² and σ_B²."""

@@ -41,6 +41,7 @@ from probmed.workflows.growth import (
     Registrations,
     fit_growth,
     forecast,
+    forecast_from,
     principal_fields,
 )
 from probmed.workflows.growth_outputs import GrowthRun
@@ -183,6 +184,20 @@ def test_a_uniform_shrinkage_is_forecast_in_closed_form() -> None:
     torch.testing.assert_close(found.predicted * inside, expected * inside, rtol=0, atol=0.01)
     left = float((found.labels == 1).sum()) / float((body.labels.data == 1).sum())
     assert left == pytest.approx(math.exp(-0.24), rel=0.05)
+
+
+def test_drawn_scans_are_those_of_the_draws() -> None:
+    torch.manual_seed(5)
+    scan = Volume.from_grid(torch.rand(GRID.shape), GRID)
+    atlas = LabelledScan(scan, disc_labels(GRID), {1: "disc", 2: "ring"})
+    basis = PrincipalFields(GRID, smooth_fields(2, GRID, 1.0, 3))
+    drawn = torch.randn(4, 2, dtype=torch.float64)
+    found = forecast_from(Body.of_atlas(atlas), basis, drawn.mean(0), drawn, 1.5, samples=2)
+    alone = [forecast_from(Body.of_atlas(atlas), basis, each, drawn, 1.5) for each in drawn[:2]]
+    torch.testing.assert_close(found.samples, torch.stack([each.predicted for each in alone]))
+    assert not torch.equal(found.samples[0], found.samples[1]) and len(alone[0].samples) == 0
+    with pytest.raises(ValueError, match="0 to 4 samples"):
+        forecast_from(Body.of_atlas(atlas), basis, drawn.mean(0), drawn, 1.5, samples=5)
 
 
 def test_labels_of_the_atlas_are_carried_where_a_scan_has_none() -> None:
@@ -430,7 +445,7 @@ def test_a_run_from_files_gives_forecasts_from_files(tmp_path: Path, monkeypatch
     asked["own"] = np.where((asked["subject"] == "s3") & (asked["time"] == 0), "own.nii.gz", "n/a")
     asked.to_csv(tmp_path / "new.tsv", sep="\t", index=False)
     arguments = ["--data", str(tmp_path / "new.tsv"), "--draws", "20", "--labels", "own"]
-    said = invoke("predict", str(tmp_path / "run"), *arguments, "-o", str(tmp_path / "out"))
+    said = invoke("predict", str(tmp_path / "run"), *arguments, "--samples", "3", "-o", str(tmp_path / "out"))
     found = pd.read_csv(tmp_path / "out" / "predictions.tsv", sep="\t")
     assert f"{len(found) // 2} predictions of scan" in said
     assert set(found["name"]) == {"disc", "ring"}
@@ -441,6 +456,10 @@ def test_a_run_from_files_gives_forecasts_from_files(tmp_path: Path, monkeypatch
     growth = {name: read_scan(f"{stem}_desc-{name}.nii.gz") for name in ("growth", "growthSd", "shrinking")}
     assert growth["growth"].grid == GRID
     assert float(growth["shrinking"].data.min()) >= 0 and float(growth["shrinking"].data.max()) <= 1
+    drawn = torch.stack([read_scan(f"{stem}_desc-sample{number:03d}.nii.gz").data for number in (1, 2, 3)])
+    assert drawn.shape == (3, *GRID.shape) and Path(f"{stem}_desc-sample003.json").exists()
+    refused = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), *arguments, "--samples", "21", "-o", str(tmp_path / "out")])
+    assert refused.exit_code == 2 and "21 scans of 20 draws" in " ".join(refused.output.split())
     there = read_warp(f"{stem}_from-baseline_to-followup_mode-image_xfm.nii.gz")
     carried = warp(disc_labels(GRID).data[None], GRID, there, GRID, "nearest")[0]
     assert float((carried != read_labels(f"{stem}_dseg.nii.gz").data).float().mean()) < 0.01

@@ -214,6 +214,16 @@ def test_fit_of_columns_is_a_maximum_and_predicts_as_each_column_alone(mode: str
     torch.testing.assert_close(fit.predict(far).sd[0] / 1e6, rates.sd[0], rtol=1e-4, atol=1e-5)
 
 
+def test_columns_alone_share_their_kernels() -> None:
+    data = columns_of("same", torch.tensor([0.1, 1.0, 7.0]))
+    assert len(data.seen) < 30
+    parts = data.split()
+    assert len(parts) == 3 and all(part.among_seen is data.among_seen for part in parts)
+    whole = ChangeData(data.change[:, 1:2], data.visits, data.design, data.relationship)
+    variances, *_ = variances_of("same")
+    assert float(log_likelihood(parts[1], variances)) == float(log_likelihood(whole, variances))
+
+
 def test_model_of_a_field_has_the_density_that_is_maximised() -> None:
     data = columns_of("same", torch.tensor([0.1, 1.0, 7.0]))
     fit = fit_components(data, restricted=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from probmed.grids import Grid
 from probmed.tables import Genotypes, Visits
 from probmed.transforms import Affine, Transform, Velocity
 from probmed.volumes import UnusableInput, Volume, write_labels, write_scan
-from probmed.workflows.follow_up_checks import held_out_codes
+from probmed.workflows.follow_up_checks import code_ablation, held_out_codes
 from probmed.workflows.growth import GrowthSettings, LabelledScan, Registered
 from probmed.workflows.longitudinal import RateSettings
 from probmed.workflows.longitudinal_outputs import TableSource
@@ -141,6 +142,19 @@ def test_last_visits_are_predicted_without_them(trained: tuple[Discs, ShapeCodes
 
 
 @pytest.mark.slow
+def test_without_what_is_a_person_s_own_visits_are_predicted_worse(trained: tuple[Discs, ShapeCodes]) -> None:
+    discs, codes = trained
+    before = codes.model.prior.logits.detach().clone()
+    checks = code_ablation(codes).set_index("kernels")
+    assert list(checks.index) == ["all", "without own"] and set(checks["visits"]) == {30}
+    assert checks["log_density"]["all"] > checks["log_density"]["without own"]
+    assert torch.equal(codes.model.prior.logits, before)
+    found = held_out_codes(codes, discs)  # type: ignore[arg-type]
+    assert found is not None
+    assert checks["rmse"]["all"] == pytest.approx(float((found[0]["observed"] - found[0]["mean"]).pow(2).mean() ** 0.5))
+
+
+@pytest.mark.slow
 def test_what_explains_a_region_s_volume_is_what_the_cohort_has(trained: tuple[Discs, ShapeCodes]) -> None:
     """Dose is a fixed effect: what is left of the rate is a person's own."""
     discs, codes = trained
@@ -228,7 +242,9 @@ def test_from_scans_to_a_run_on_the_command_line(tmp_path: Path, monkeypatch: py
     arguments += ["--atlas-image", "atlas.nii.gz", "--atlas-labels", "labels.nii.gz"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "shares of codes' variance" in result.stdout
+    assert "shares of codes' variance" in result.stdout and "8 people in all tables; nothing left out" in " ".join(result.stdout.split())
+    record = json.loads((tmp_path / "run" / "gp-prior-vae.json").read_text())
+    assert record["People"]["People"] == 8 and record["Covariates"]["mean"]["missing"] == "impute"
     run = CodesRun.load(tmp_path / "run")
     assert run.codes.coefficients.shape[0] == 16 and run.codes.names == ()
     assert "What codes follow" in (tmp_path / "run" / "report.html").read_text()

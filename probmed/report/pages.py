@@ -19,7 +19,7 @@ from probmed.report.panels import data_uri
 from probmed.tables import Genotypes
 from probmed.workflows import rate_checks
 from probmed.workflows.comparison import Comparison
-from probmed.workflows.follow_up_checks import Foretold, foretold_growth, held_out_codes, leading
+from probmed.workflows.follow_up_checks import Foretold, code_ablation, foretold_growth, held_out_codes, leading
 from probmed.workflows.growth import EQUATION as GROWTH_EQUATION
 from probmed.workflows.growth import Growth, Registrations
 from probmed.workflows.longitudinal import EQUATION as RATE_EQUATION
@@ -409,6 +409,7 @@ def codes_page(
         time_scale=f"{codes.time_scale:.3g}",
         latents=[_image(rate_figures.latent(shown, colour, name), f"codes by {name}") for name, colour in colours.items()],
         predictions=None if found is None else _predictions(found[0]),
+        checks=_check_rows(code_ablation(codes, genotypes, seed)),
         regions=[_region_row(row) for row in regions.to_dict("records")],
         source="as decoded from each scan's codes",
         **_follow_up(None if found is None else found[1]),
@@ -461,7 +462,10 @@ def _predictions(found: pd.DataFrame) -> Markup | None:
 
 def _checks(result: RateResult, tell: Callable[[float], None]) -> dict[str, Any]:
     """The table of predictions with all kernels and without each."""
-    checks = rate_checks.ablation(result, tell)
+    return _check_rows(rate_checks.ablation(result, tell))
+
+
+def _check_rows(checks: pd.DataFrame) -> dict[str, Any]:
     coverage = [name for name in checks.columns if name.startswith("coverage_")]
     shown = checks[["kernels", "task", "visits", "rmse", "log_density", "crps", *coverage]]
     return {

@@ -5,6 +5,7 @@ Components, networks and basis are those of all visits; what is conditioned on i
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from probmed.grids import sample
 from probmed.inference.reml import Prediction, at_components
-from probmed.models.gp_prior_vae import pad_visits
-from probmed.tables import Genotypes, Visits
+from probmed.models.gp_prior_vae import Cohort, pad_visits
+from probmed.tables import Genotypes, Joined, Visits
 from probmed.volumes import Volume, read_scan
 from probmed.workflows.growth import Forecast, Growth, GrowthSettings, Registrations, forecast, forecast_from, within_person
 from probmed.workflows.growth_outputs import body_of
 from probmed.workflows.longitudinal import RateResult, cohort_of, reference_people
-from probmed.workflows.rate_checks import LATER, held_back, rest
+from probmed.workflows.rate_checks import LATER, calibration, held_back, rest
 from probmed.workflows.registration import places
 from probmed.workflows.shape_codes import ShapeCodes, described, draw_codes
 
@@ -78,6 +79,40 @@ def held_out_codes(
     growth = codes.settings.growth
     joined = cohort_of(codes.visits, growth.rates, genotypes)
     cohort, _ = described(joined, codes.settings, reference_people(joined, None), codes.time_scale)
+    found = _last_visits(codes, joined, cohort, seed)
+    if found is None:
+        return None
+    table, decoded = found
+    latest = int(table["years"].argmax())
+    subject, time = str(table["subject"][latest]), float(table["years"][latest])
+    body = body_of(joined.visits, subject, growth, codes.atlas, registrations)
+    told = forecast_from(body, codes.basis, decoded[:, latest].mean(0) / time, decoded[:, latest] / time, time)
+    return table, Foretold(subject, told, _observed(joined.visits, subject, time, growth, body.scan, registrations))
+
+
+@torch.no_grad()
+def code_ablation(codes: ShapeCodes, genotypes: Genotypes | None = None, seed: int = 0) -> pd.DataFrame:
+    """A row for all components of the codes' prior and one without each: ``rate_checks.calibration`` of last visits.
+
+    The networks stay as they were trained with all, and a component's share goes to the others and to noise, in their proportions. There is no row
+    where nobody was seen again more than once.
+    """
+    joined = cohort_of(codes.visits, codes.settings.growth.rates, genotypes)
+    cohort, _ = described(joined, codes.settings, reference_people(joined, None), codes.time_scale)
+    tables = []
+    for k, name in enumerate([None, *codes.names, "own"]):
+        model = deepcopy(codes.model)
+        if name is not None:
+            model.prior.logits[:, k - 1] = -torch.inf
+        found = _last_visits(replace(codes, model=model), joined, cohort, seed)
+        if found is None:
+            return calibration(pd.DataFrame(columns=["task"])).assign(kernels=[])
+        tables.append(calibration(found[0]).assign(kernels="all" if name is None else f"without {name}"))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _last_visits(codes: ShapeCodes, joined: Joined, cohort: Cohort, seed: int) -> tuple[pd.DataFrame, Tensor] | None:
+    """The table of ``held_out_codes`` and the coefficients that are drawn for its rows, ``(draws, rows, J)`` mm."""
     images = pad_visits(joined.visits.person, codes.coefficients)
     years = pad_visits(joined.visits.person, joined.visits.years_since_baseline).nan_to_num(0.0)
     seen = cohort.present & ~images.isnan().all(-1)
@@ -102,11 +137,7 @@ def held_out_codes(
             "quantile": norm.cdf(((observed - mean) / sd).numpy()).tolist(),
         }
     )
-    latest = int(table["years"].argmax())
-    subject, time = str(table["subject"][latest]), float(table["years"][latest])
-    body = body_of(joined.visits, subject, growth, codes.atlas, registrations)
-    told = forecast_from(body, codes.basis, decoded[:, latest].mean(0) / time, decoded[:, latest] / time, time)
-    return table, Foretold(subject, told, _observed(joined.visits, subject, time, growth, body.scan, registrations))
+    return table, decoded
 
 
 def _last_of_several(seen: Tensor, years: Tensor) -> Tensor:
