@@ -24,7 +24,7 @@ from probmed.fields import GaussianField
 from probmed.grids import Grid
 from probmed.inference.reml import Prediction
 from probmed.models.longitudinal_field import CosineFields, PrincipalFields, Transport
-from probmed.simulation import simulate_genetic_cohort
+from probmed.simulation import simulate_genetic_cohort, simulate_genotypes
 from probmed.slopes import FollowUps
 from probmed.tables import Visits
 from probmed.transforms import Affine, Velocity, warp
@@ -699,10 +699,27 @@ def test_volumes_in_three_dimensions(tmp_path: Path) -> None:
         assert (ratio > 1) == grows == (after.volumes_ml[name] > before.volumes_ml[name])
 
 
+SMOOTH: dict[str, Any] = {"deformation_mm": 1.0, "length_mm": 20.0}
+
+
 def test_a_simulated_cohort_holds_its_truth(tmp_path: Path) -> None:
-    cohort = simulate_genetic_cohort(5, 2, rings(2, 24, 3.0), 3.0, 0, mean_rate=-0.05, rate_sd=0.01, snps=30, causal=5, interval_years=2.0)
+    cohort = simulate_genetic_cohort(5, 2, rings(2, 24, 3.0), 3.0, 0, mean_rate=-0.05, rate_sd=0.01, snps=30, causal=5, interval_years=2.0, **SMOOTH)
     np.testing.assert_allclose(cohort.table["rate"][::2], -cohort.people.rates)
     np.testing.assert_allclose(cohort.table["age"][::2], cohort.people.table["age"])
+    points = 24 * torch.rand(40, 2, generator=torch.Generator().manual_seed(0)) - 12
+    for person in (0, 3):
+        first, later = cohort.scans[person]
+        # The same point of the atlas, by the change and then the baseline.
+        there = first.transform(cohort.deformation(person, 1)(points))
+        # But for interpolation between nodes 3 mm apart.
+        assert float((there - later.transform(points)).norm(dim=-1).max()) < 0.25
+        shrunk = [cohort.flow.at(each.atrophy)(points) for each in (first, later)]
+        carried = cohort.flow.at(first.atrophy)(cohort.velocity(person, 1).exp()(points))
+        moved = float((shrunk[1] - shrunk[0]).norm(dim=-1).max())
+        assert moved > 0.02 and float((carried - shrunk[1]).norm(dim=-1).max()) < 0.2 * moved
+    given = simulate_genotypes(5, 30, seed=9)
+    again = simulate_genetic_cohort(5, 1, rings(2, 24, 3.0), 3.0, 0, causal=5, genotypes=given)
+    assert torch.equal(again.people.genotypes.counts, given.counts)
     table, genotypes = cohort.write(tmp_path)
     visits = Visits.read(table, time_unit="years", covariates=["education"], categorical=["sex"], scans=["scan", "labels"])
     assert visits.subjects == tuple(cohort.people.table["subject"]) and len(visits) == 10

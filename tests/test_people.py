@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from bed_reader import to_bed
 
-from probmed.simulation import simulate_cohort, simulate_genotypes, simulate_people, simulate_visits
+from probmed.simulation import SimulatedGenotypes, simulate_cohort, simulate_genotypes, simulate_people, simulate_visits
 from probmed.tables import Genotypes, Visits
 from probmed.workflows.longitudinal import RateSettings, fit_rates
 
@@ -93,3 +95,39 @@ def test_requests_that_make_no_people_are_refused() -> None:
         simulate_people(3)
     with pytest.raises(ValueError, match="genotypes of 10"):
         simulate_people(10, genotypes=simulate_genotypes(6, 20))
+
+
+def test_a_user_s_own_genotypes_have_their_populations_found(tmp_path: Path) -> None:
+    truth = simulate_genotypes(90, 600, seed=5, populations=3, differentiation=0.1, linkage=0.0, frequencies=(0.2, 0.5))
+    counts = truth.counts.numpy().copy()
+    rng = np.random.default_rng(0)
+    missing = rng.random(counts.shape) < 0.02
+    counts[missing] = np.nan
+    counts[:, 7] = 2.0
+    names = [f"p{n:02d}" for n in range(90)]
+    chromosomes = ["1"] * 350 + ["2"] * 250
+    properties = {"iid": names, "fid": names, "sid": [f"rs{j}" for j in range(600)], "chromosome": chromosomes, "bp_position": list(range(1, 601))}
+    to_bed(tmp_path / "own.bed", counts, properties=properties)
+    found = SimulatedGenotypes.read(tmp_path / "own.bed", seed=1, populations=3, block=100)
+    # One SNP does not vary; what is known is as it was, and what is missing is a count.
+    assert found.counts.shape == (90, 599) and found.snps is not None
+    kept = np.delete(np.arange(600), 7)
+    known = torch.tensor(~missing[:, kept])
+    assert torch.equal(found.counts[known], truth.counts[:, kept][known])
+    assert set(found.counts.unique().tolist()) == {0.0, 1.0, 2.0}
+    filled, p = found.counts[~known], (found.counts.mean(0) / 2).expand(90, -1)[~known]
+    assert float(filled.mean() - 2 * p.mean()) == pytest.approx(0.0, abs=4 * math.sqrt(0.5 / len(filled)))
+    # Clusters are the populations, under other numbers.
+    pairs = {(int(a), int(b)) for a, b in zip(found.population, truth.population, strict=True)}
+    assert len(pairs) == 3
+    for each, theirs in pairs:
+        torch.testing.assert_close(found.frequencies[each], found.counts[truth.population == theirs].mean(0) / 2)
+    assert torch.bincount(found.block).tolist() == [100, 100, 100, 49, 100, 100, 50]
+    people = simulate_people(90, genotypes=found, causal=20)
+    people.genotypes.write(tmp_path / "again.bed", list(people.table["subject"]))
+    again = Genotypes.open(tmp_path / "again.bed", count_A1=True)
+    assert list(again.snps["name"]) == list(found.snps["name"]) and set(again.snps["chromosome"]) == {"1", "2"}
+    assert torch.equal(again.counts().double(), found.counts)
+    assert SimulatedGenotypes.read(tmp_path / "own.bed").frequencies.shape == (1, 599)
+    with pytest.raises(ValueError, match="populations"):
+        SimulatedGenotypes.read(tmp_path / "own.bed", populations=91)

@@ -31,12 +31,15 @@ class AtrophyFlow:
     times: Tensor
     losses: Tensor
 
-    def at(self, loss: float) -> Displacement:
-        """The map by which to pull an anatomy back that is to lose the share 1 - exp(-loss) of its tissue."""
+    def time(self, loss: float) -> float:
+        """τ at which exp(-loss) of the tissue is left."""
         k = int(torch.searchsorted(self.losses, loss).clamp(1, len(self.losses) - 1))
         (low, high), (start, stop) = self.losses[k - 1 : k + 1].tolist(), self.times[k - 1 : k + 1].tolist()
-        time = start + (stop - start) * (loss - low) / (high - low)
-        return Velocity(self.velocity.grid, time * self.velocity.field).exp()
+        return float(start + (stop - start) * (loss - low) / (high - low))
+
+    def at(self, loss: float) -> Displacement:
+        """The map by which to pull an anatomy back that is to lose the share 1 - exp(-loss) of its tissue."""
+        return Velocity(self.velocity.grid, self.time(loss) * self.velocity.field).exp()
 
 
 def atrophy_flow(

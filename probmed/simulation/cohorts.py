@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 
 from probmed.atlases import LabelAtlas, default_atlas
-from probmed.simulation.anatomies import Anatomy, atrophy_flow
+from probmed.simulation.anatomies import Anatomy, AtrophyFlow, atrophy_flow
 from probmed.simulation.contrasts import stream
-from probmed.simulation.people import SimulatedPeople, simulate_people
+from probmed.simulation.people import SimulatedGenotypes, SimulatedPeople, simulate_people
 from probmed.simulation.subjects import SimulatedSubject, scan
+from probmed.transforms import Composition, Displacement, Transform, Velocity
 from probmed.volumes import write_labels, write_scan
 
 _ANATOMY_OPTIONS = (
@@ -47,6 +48,7 @@ def simulate_cohort(
     rates: Sequence[float] | None = None,
     first_ages: Sequence[float] | None = None,
     years: Sequence[Sequence[float]] | None = None,
+    shrinking: AtrophyFlow | None = None,
     stripped: bool = False,
     **options: Any,
 ) -> tuple[list[list[SimulatedSubject]], pd.DataFrame]:
@@ -65,6 +67,7 @@ def simulate_cohort(
         rates: r_i of each person, such as minus those of ``simulate_people``; drawn by default.
         first_ages: of each person, in place of ``ages``.
         years: of each person the times of the visits, the first of which is 0; ``visits`` at equal intervals by default.
+        shrinking: of this atlas, where it is known: ``atrophy_flow`` takes a while.
         options: of ``simulate_subject``.
 
     Returns:
@@ -75,7 +78,8 @@ def simulate_cohort(
         raise ValueError(f"expected at least one subject and one visit, got {n} and {visits}")
     atlas = default_atlas() if atlas is None else atlas
     atlas = atlas.stripped() if stripped else atlas
-    shrinking, grid = atrophy_flow(atlas), atlas.grid.at_spacing(spacing_mm)
+    shrinking = atrophy_flow(atlas) if shrinking is None else shrinking
+    grid = atlas.grid.at_spacing(spacing_mm)
     people = stream(seed, "people")
     drawn_ages = ages[0] + (ages[1] - ages[0]) * torch.rand(n, generator=people)
     drawn = atrophy_rate + atrophy_rate_sd * torch.randn(n, generator=people)
@@ -108,11 +112,29 @@ class GeneticCohort:
         people: theirs; ``rates`` are yearly changes of the log of GM and WM, negative where they shrink.
         scans: ``scans[i][visit]``.
         table: that of ``simulate_cohort``, with the people's names, sex and education.
+        flow: along which all bodies shrink, in the atlas.
     """
 
     people: SimulatedPeople
     scans: list[list[SimulatedSubject]]
     table: pd.DataFrame
+    flow: AtrophyFlow
+
+    def deformation(self, person: int, visit: int) -> Transform:
+        """Where a visit's points come from in the baseline scan, mm: what a registration of the baseline to the visit ought to find; the head's
+        position is in it."""
+        first, later = (self.scans[person][place].transform for place in (0, visit))
+        parts = first.transforms if isinstance(first, Composition) else (first,)
+        back = [(part.with_exact_inverse() if isinstance(part, Displacement) else part).inverse() for part in reversed(parts)]
+        return Composition((*back, later))
+
+    def velocity(self, person: int, visit: int) -> Velocity:
+        """The logarithm of that change in the atlas, without position: ``exp`` of it carries points of the visit to the baseline's.
+
+        With A a person's anatomy and F_a the flow to atrophy a, scans are T ∘ F_a ∘ A, so that the change is A⁻¹ ∘ F_{a_0}⁻¹ ∘ F_{a_t} ∘ A.
+        """
+        first, later = (self.flow.time(self.scans[person][place].atrophy) for place in (0, visit))
+        return Velocity(self.flow.velocity.grid, (later - first) * self.flow.velocity.field)
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Scans, label maps, a table of visits with paths, and genotypes, as files.
@@ -152,6 +174,7 @@ def simulate_genetic_cohort(
     clinical: float = 0.2,
     causal: int = 100,
     snps: int = 1000,
+    genotypes: SimulatedGenotypes | None = None,
     **options: Any,
 ) -> GeneticCohort:
     """From genotypes and covariates to rates of atrophy to scans: ``simulate_people``, then
@@ -160,9 +183,11 @@ def simulate_genetic_cohort(
     Arguments:
         n, visits: number of people, and of scans of each.
         mean_rate, rate_sd, heritability, clinical, causal: of ``simulate_people``.
-        snps: number of variants.
+        snps: number of variants. genotypes: of n people, in place of simulated ones, such as ``SimulatedGenotypes.read`` has.
         options: of ``simulate_cohort``.
     """
+    atlas = default_atlas() if atlas is None else atlas
+    flow = atrophy_flow(atlas.stripped() if options.get("stripped") else atlas)
     people = simulate_people(
         n,
         seed,
@@ -171,10 +196,11 @@ def simulate_genetic_cohort(
         heritability=heritability,
         clinical=clinical,
         causal=causal,
+        genotypes=genotypes,
         snps=snps,
     )
     rates, ages = (-people.rates).tolist(), people.table["age"].tolist()
-    scans, table = simulate_cohort(n, visits, atlas, spacing_mm, seed, rates=rates, first_ages=ages, **options)
+    scans, table = simulate_cohort(n, visits, atlas, spacing_mm, seed, rates=rates, first_ages=ages, shrinking=flow, **options)
     place = table["subject"].factorize()[0]
     own = people.table.iloc[place].reset_index(drop=True)
-    return GeneticCohort(people, scans, table.assign(subject=own["subject"], sex=own["sex"], education=own["education"]))
+    return GeneticCohort(people, scans, table.assign(subject=own["subject"], sex=own["sex"], education=own["education"]), flow)

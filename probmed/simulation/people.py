@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from bed_reader import to_bed
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from probmed.simulation.contrasts import stream
+from probmed.tables import Genotypes
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,51 @@ class SimulatedGenotypes:
     Arguments:
         counts: 0, 1 or 2, ``(P, S)`` float64.
         frequencies: of each population, ``(populations, S)``. population: of each person, ``(P,)``. block: of each variant, ``(S,)``.
+        snps: of the file that they were read from, as ``Genotypes`` has them.
     """
 
     counts: Tensor
     frequencies: Tensor
     population: Tensor
     block: Tensor
+    snps: pd.DataFrame | None = None
+
+    @classmethod
+    def read(cls, path: Path, seed: int = 0, *, populations: int = 1, block: int = 20, min_frequency: float = 0.01) -> SimulatedGenotypes:
+        """The user's own, as genotypes of people who are simulated.
+
+        Missing counts are drawn from Binomial(2, p), p the allele's frequency. Populations are clusters of people (k-means) in the leading
+        principal components of the standardised counts, one less than there are populations.
+
+        Arguments:
+            path: of the ``.bed`` file, whose A1 are counted.
+            block: variants in each block, of one chromosome, in the file's order.
+            min_frequency: of the rarer allele; less is left out.
+
+        Raises:
+            UnusableInput: as ``Genotypes.open`` and ``filtered``.
+            ValueError: for fewer than one population, or more than people.
+
+        Reference: Patterson, Price & Reich, PLoS Genetics 2006 (population structure by principal components).
+        """
+        genotypes = Genotypes.open(path, count_A1=True).filtered(min_frequency=min_frequency)
+        if not 1 <= populations <= len(genotypes) or block < 1:
+            raise ValueError(f"expected 1 to {len(genotypes)} populations and a positive block, got {populations} and {block}")
+        counts, p = genotypes.counts(torch.float64), genotypes.frequencies
+        drawn = (torch.rand(2, *counts.shape, generator=stream(seed, "missing"), dtype=torch.float64) < p).sum(0).double()
+        counts = torch.where(counts.isnan(), drawn, counts)
+        chromosome = torch.tensor(pd.factorize(genotypes.snps["chromosome"])[0])
+        within = torch.tensor(genotypes.snps.groupby("chromosome", sort=False).cumcount().to_numpy(copy=True)) // block
+        _, blocks = torch.unique(torch.stack([chromosome, within], 1), dim=0, return_inverse=True)
+        made = cls(counts, p[None], torch.zeros(len(counts), dtype=torch.int64), blocks, genotypes.snps)
+        if populations == 1:
+            return made
+        left, values, _ = torch.linalg.svd(made.standardised(), full_matrices=False)
+        scores = (left * values)[:, : populations - 1].numpy()
+        _, found = kmeans2(scores, populations, minit="++", seed=seed)
+        population = torch.tensor(found, dtype=torch.int64)
+        means = torch.stack([counts[population == each].mean(0) / 2 for each in range(populations)])
+        return replace(made, frequencies=means, population=population)
 
     def standardised(self) -> Tensor:
         """(x − 2p) / √(2p(1−p)) with p of these people, ``(P, S)``; 0 where all have the same."""
@@ -36,10 +77,13 @@ class SimulatedGenotypes:
         return ((self.counts - 2 * p) / scale.clamp_min(1e-12)).masked_fill(scale == 0, 0.0)
 
     def write(self, path: Path, names: list[str]) -> None:
-        """A PLINK ``.bed`` file with ``.bim`` and ``.fam`` beside it; blocks are chromosomes' parts, 10 kb between variants."""
+        """A PLINK ``.bed`` file with ``.bim`` and ``.fam`` beside it; blocks of simulated ones are chromosomes' parts, 10 kb between variants."""
         people, snps = self.counts.shape
         where = {"chromosome": ["1"] * snps, "bp_position": [10_000 * (j + 1) for j in range(snps)], "sid": [f"snp{j:05d}" for j in range(snps)]}
         alleles = {"allele_1": ["A"] * snps, "allele_2": ["G"] * snps}
+        if self.snps is not None:
+            where = {"chromosome": list(self.snps["chromosome"]), "bp_position": self.snps["position"].tolist(), "sid": list(self.snps["name"])}
+            alleles = {"allele_1": list(self.snps["counted"]), "allele_2": list(self.snps["other"])}
         to_bed(path, self.counts.numpy(), properties={"iid": names, "fid": names[:people], **where, **alleles}, count_A1=True)
 
 
