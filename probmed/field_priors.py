@@ -1,4 +1,5 @@
-"""Distributions over fields and affine maps that were learned from some: principal components, or a smooth field of fitted strength and length.
+"""Distributions over fields and affine maps that were learned from some: principal components, an
+autoencoder of their scores, or a smooth field of fitted strength and length.
 
 A field prior is a component whose ``forward()`` draws its latents and returns a field, ``(C, *shape)``; velocities make a deformation prior of it
 (``FlowPrior``), intensities an appearance. Of affine maps there is ``PrincipalAffine``.
@@ -14,7 +15,7 @@ import torch
 from pyro.distributions import Normal
 from pyro.nn import PyroModule
 from scipy.optimize import minimize_scalar
-from torch import Tensor
+from torch import Tensor, nn
 
 from probmed.fields import GaussianField
 from probmed.grids import Grid
@@ -74,6 +75,110 @@ class PrincipalField(FieldPrior):
 
     def forward(self) -> Tensor:
         return self.evaluate(pyro.sample(self.site, Normal(self.mean.new_zeros(len(self.components)), 1.0).to_event(1)))
+
+
+class AutoencodedField(FieldPrior):
+    """Principal scores by a small variational autoencoder, for fields that lie on no linear subspace.
+
+    .. math:: z \\sim N(0, I), \\quad a \\sim N(f(z), \\sigma^2 I), \\quad x = \\mu + \\sum_j a_j c_j
+
+    The components c_j are orthogonal and all of one length, so that σ is the same in every direction of the fields. Sites: ``site``, ``(L,)``, z; and
+    ``{site}_scores``, ``(J,)``, a.
+
+    Arguments:
+        fields: μ and c. decoder: f, codes ``(B, L)`` to scores ``(B, J)``.
+        codes: L. noise: σ.
+        site: name of the codes.
+
+    References: Kingma & Welling, ICLR 2014.
+    """
+
+    noise: Tensor
+
+    def __init__(self, fields: PrincipalField, decoder: nn.Module, codes: int, noise: Tensor, site: str = "codes") -> None:
+        super().__init__()
+        if codes < 1 or not bool((noise > 0).all()):
+            raise ValueError(f"expected one code or more and noise > 0, got {codes} and {noise.tolist()}")
+        self.fields, self.decoder, self.codes, self.site = fields, decoder, codes, site
+        self.register_buffer("noise", noise)
+
+    @classmethod
+    def fit(
+        cls, fields: Tensor, count: int | None = None, codes: int = 4, hidden: int = 32, steps: int = 500, seed: int = 0, site: str = "codes"
+    ) -> AutoencodedField:
+        """Of fields ``(N, C, *shape)``, by the ELBO of all of them at every step (Adam); it starts from the first L principal components.
+
+        Arguments:
+            count: at most so many principal components; all by default. codes: L, at most as many as there are components.
+            hidden: width of both networks.
+
+        Raises:
+            ValueError: for fewer than two fields, or fields that are all the same.
+        """
+        principal = PrincipalField.fit(fields, count)
+        rows = principal.components.flatten(1)
+        lengths = rows.norm(dim=1)
+        kept = lengths > 1e-6 * lengths.max()
+        if not bool(kept.any()):
+            raise ValueError("expected fields that differ, got the same several times")
+        directions, lengths = rows[kept] / lengths[kept, None], lengths[kept]
+        unit = lengths.max()
+        scores = (fields - principal.mean).flatten(1) @ directions.mT / unit
+        codes = min(codes, len(lengths))
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(seed)
+            decoder, noise = _autoencoder(scores, codes, hidden, steps)
+        axes = (unit * directions).unflatten(1, fields.shape[1:])
+        return cls(PrincipalField(principal.mean, axes), decoder, codes, noise, site)
+
+    def forward(self) -> Tensor:
+        code = pyro.sample(self.site, Normal(self.noise.new_zeros(self.codes), 1.0).to_event(1))
+        scores = pyro.sample(f"{self.site}_scores", Normal(self.decoder(code[None])[0], self.noise).to_event(1))
+        return self.fields.evaluate(scores)
+
+
+class _Bent(nn.Module):
+    """A linear map and a small network added to it."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.bend = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x) + self.bend(x)
+        return out
+
+
+def _autoencoder(scores: Tensor, codes: int, hidden: int, steps: int) -> tuple[_Bent, Tensor]:
+    """The decoder of scores ``(N, J)`` and its σ, by the ELBO."""
+    dimensions = scores.shape[1]
+    encoder, decoder = (net.to(scores) for net in (_Bent(dimensions, 2 * codes, hidden), _Bent(codes, dimensions, hidden)))
+    sd = scores.std(0)
+    with torch.no_grad():
+        for net in (encoder, decoder):
+            for p in (net.linear.weight, net.linear.bias, net.bend[-1].bias):  # type: ignore[union-attr]
+                p.zero_()  # type: ignore[operator]
+            net.bend[-1].weight.mul_(0.1)  # type: ignore[union-attr, operator]
+        encoder.linear.weight[:codes, :codes] = torch.diag(1 / sd[:codes])
+        decoder.linear.weight[:codes] = torch.diag(sd[:codes])
+        encoder.linear.bias[codes:] = -1.0
+    log_noise = (0.3 * sd.mean()).log().clone().requires_grad_()
+    learned = [*encoder.parameters(), *decoder.parameters(), log_noise]
+    optimiser = torch.optim.Adam(learned, lr=5e-3)
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 5e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loc, log_sd = encoder(scores).chunk(2, 1)
+        # Slopes that never vanish, within e^±6.
+        log_sd = 6 * torch.tanh(log_sd / 6)
+        code = loc + log_sd.exp() * torch.randn_like(loc)
+        fit = Normal(decoder(code), log_noise.exp()).log_prob(scores).sum(1)
+        divergence = 0.5 * (loc.square() + (2 * log_sd).exp() - 1 - 2 * log_sd).sum(1)
+        optimiser.zero_grad(set_to_none=True)
+        (divergence - fit).mean().backward()
+        optimiser.step()
+    return decoder.requires_grad_(False).eval(), log_noise.detach().exp()
 
 
 class SmoothField(FieldPrior):

@@ -35,6 +35,7 @@ from probmed.models.registration import Registration, RegistrationGuide
 from probmed.models.segmentation import Segmentation
 from probmed.models.shape_vae import ImageShapeGuide, ShapeGuide, ShapeVAE
 from probmed.models.template import Template
+from probmed.network_priors import NetworkPrior
 from probmed.networks import VelocityNetwork
 from probmed.priors import (
     AffinePrior,
@@ -121,6 +122,13 @@ def tiny_shapes() -> ShapeVAE:
         torch.manual_seed(2)
         decoder = ShapeDecoder(2, len(atlas.names), atlas.grid.shape, 2)
     return ShapeVAE(atlas.names, atlas.grid, decoder, 2, atlas.probabilities.to(torch.get_default_dtype()).log())
+
+
+def deformable_shapes() -> ShapeVAE:
+    """Shapes moved by an affine map after a velocity."""
+    plain = tiny_shapes()
+    deformation = AffineVelocity(similarity_prior(2.0), SmoothVelocity(velocity_grid()))
+    return ShapeVAE(plain.names, plain.grid, plain.decoder, plain.codes, plain.location, deformation)
 
 
 def image_shape_guide(model: PyroModule) -> PyroModule:
@@ -350,6 +358,8 @@ def _components() -> dict[str, Case]:
         cases[f"GaussianMixture_{name}"] = Case(
             appearance, log_prior(channels), APPEARANCE_SITES, plates=True
         )
+    cases["ShapeVAE_deformable"] = Case(deformable_shapes, on_grid(), frozenset({"shape_code", "affine", "velocity"}))
+    cases["NetworkPrior"] = Case(lambda: NetworkPrior(NAMES, tiny_atlas().probabilities, tiny_atlas().grid), on_grid(), frozenset())
     cases["PrincipalField"] = Case(lambda: principal_velocity().velocity, nothing, frozenset({"velocity_scores"}), plates=True)
     cases["SmoothField"] = Case(smooth_field, nothing, frozenset({"field"}), plates=True)
     cases["FlowPrior"] = Case(principal_velocity, nothing, frozenset({"velocity_scores"}), plates=True)

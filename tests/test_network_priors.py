@@ -16,6 +16,7 @@ from probmed.atlases import LabelAtlas
 from probmed.grids import Grid, MaskedGrid
 from probmed.inference.em import ascend, em, log_joint
 from probmed.models.segmentation import Segmentation
+from probmed.models.shape_vae import ShapeVAE
 from probmed.network_priors import LikelihoodRatio, NetworkPrior
 from probmed.priors import AffinePrior, DeformableAtlas, FixedAtlas, MarkovField
 
@@ -72,6 +73,39 @@ def test_a_network_s_prediction_is_the_prior_of_another_contrast() -> None:
     evidence, marginals = by_enumeration(lambda labels: picked(shares + density, labels))
     torch.testing.assert_close(mixture.log_prob(image), evidence)
     torch.testing.assert_close(mixture.posterior(image), marginals)
+
+
+class Codes(torch.nn.Module):
+    """One code, whose logits are linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = torch.nn.Parameter(2 * torch.randn(3, *GRID.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return codes.reshape(-1, 1, 1, 1) * self.slope
+
+
+def test_a_network_s_ratio_is_joined_with_a_shape_prior_and_finds_its_code() -> None:
+    shares = torch.tensor([0.5, 0.3, 0.2])
+    ratio = LikelihoodRatio(classifier(torch.tensor([0.0, 1.0, 2.0]), 0.5, shares), shares, floor=0.0)
+    shapes = ShapeVAE(NAMES, GRID, Codes(), 1, probabilities().log(), floor=0.0)
+    model, code = Segmentation(shapes, cast(Any, ratio)), torch.tensor([1.3])
+    image = torch.tensor([[[0.1, 1.9], [0.8, 1.1]]])
+    log_prior = shapes.decode(code)
+    likelihood = torch.distributions.Normal(torch.tensor([0.0, 1.0, 2.0]).reshape(3, 1, 1), 0.5).log_prob(image)
+    _, marginals = by_enumeration(lambda labels: picked(log_prior + likelihood, labels))
+    torch.testing.assert_close(ratio(log_prior).posterior(image), marginals)
+    # The code at its mode, against a search over all.
+    found = ascend(model, {"shape_code": torch.zeros(1)}, ["shape_code"], image, GRID)["shape_code"]
+    line = torch.linspace(-4, 4, 1601)
+
+    def log_density(z: Tensor) -> Tensor:
+        prior = torch.distributions.Normal(0.0, 1.0).log_prob(z)
+        return prior + (shapes.decode(z.reshape(1)) + likelihood).logsumexp(0).sum()
+
+    best = line[torch.stack([log_density(z) for z in line]).argmax()]
+    assert float(found) == pytest.approx(float(best), abs=0.02)
 
 
 def test_network_prior_never_rules_a_label_out_and_runs_under_em() -> None:

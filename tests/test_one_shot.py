@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from probmed.field_priors import PrincipalAffine, PrincipalField, SmoothField
+from probmed.field_priors import AutoencodedField, PrincipalAffine, PrincipalField, SmoothField
 from probmed.fields import GaussianField
 from probmed.grids import Grid
 from probmed.models.one_shot import TransformedScan
@@ -58,6 +58,19 @@ def test_fields_of_two_factors_need_two_components() -> None:
     drawn = torch.stack([prior() for _ in range(2000)]).flatten(1)
     truth = torch.einsum("jx,j,jy->xy", directions[:, 0], torch.tensor([16.0, 1.0]), directions[:, 0])
     assert (drawn.mT.cov() - truth).norm() < 0.15 * truth.norm()
+
+
+def test_an_autoencoder_of_fields_repeats_with_its_seed_and_has_two_sites() -> None:
+    fields = torch.randn(6, 1, 4, 3)
+    prior, same = (AutoencodedField.fit(fields, steps=20, seed=3, site="velocity") for _ in range(2))
+    trace = poutine.trace(prior).get_trace()
+    assert set(trace.stochastic_nodes) == {"velocity", "velocity_scores"}
+    assert trace.nodes["velocity"]["value"].shape == (4,) and trace.nodes["velocity_scores"]["value"].shape == (5,)
+    given = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
+    torch.testing.assert_close(poutine.condition(same, data=given)(), trace.nodes["_RETURN"]["value"])
+    torch.testing.assert_close(same.decoder(torch.ones(1, 4)), prior.decoder(torch.ones(1, 4)))
+    with pytest.raises(ValueError, match="fields that differ"):
+        AutoencodedField.fit(torch.ones(4, 1, 3, 3))
 
 
 @pytest.mark.parametrize("length_mm", [4.0, 9.0])

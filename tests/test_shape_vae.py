@@ -206,6 +206,35 @@ def test_em_and_gradients_find_the_code_with_the_appearance() -> None:
     torch.testing.assert_close(gains[1] - gains[0], whole[1] - whole[0])
 
 
+class Discs(nn.Module):
+    """One code, the radius of a disc: 9 mm, and 2 mm more for each standard deviation."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        logits = (9.0 + 2.0 * codes.reshape(-1, 1, 1) - GRID.coordinates(torch.float64).norm(dim=-1)) / 0.8
+        return torch.stack([torch.zeros_like(logits), logits], 1)
+
+
+def test_shape_place_and_deformation_of_a_simulated_scan_are_found_together() -> None:
+    """Shape × affine × velocity: the scan is the model's own draw, with a shape and a place that are known."""
+    deformation = AffineVelocity(AffinePrior(2, 3, translation_mm=5.0, rotation=0.05), SmoothVelocity(GRID.at_spacing(8.0), 1.0, 15.0))
+    shapes = ShapeVAE(NAMES, GRID, Discs(), 1, deformation=deformation)
+    model = Segmentation(shapes, GaussianMixture([1, 1], outlier=0.0))
+    truth = {"shape_code": torch.tensor([1.0]), "affine": torch.tensor([3.0, -4.0, 0.0])}
+    torch.manual_seed(2)
+    truth["velocity"] = deformation.deformation.prior().sample()  # type: ignore[operator]
+    labels = poutine.condition(shapes, data=truth)(GRID).argmax(0)
+    image = scan(labels, 0.8, 0)
+    start = model.start(image, GRID)
+    assert set(start) == {"shape_code", "affine", "velocity", "weights", "covariances", "means"}
+    found = em(model, image, GRID, state=start, rounds=15).state
+    before, after = (model.label_posterior(state, image, GRID).argmax(0) for state in (start, found))
+    assert dice(after == 1, labels == 1) > 0.93 > dice(before == 1, labels == 1)
+    assert float(found["shape_code"]) == pytest.approx(1.0, abs=0.5)
+    # The place of the disc: the point that the transform takes to the shapes' origin.
+    middles = [poutine.condition(deformation, data=state)().inverse()(torch.zeros(1, 2)) for state in (truth, found)]
+    assert float((middles[0] - middles[1]).norm()) < 1.2
+
+
 def test_model_and_guide_obey_the_handlers() -> None:
     model = Segmentation(tiny_shapes(), GaussianMixture([1, 1]))
     guide = ImageShapeGuide(model, ShapeGuide(tiny_shapes(), Reading()))

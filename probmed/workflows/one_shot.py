@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from probmed.field_priors import FieldPrior, FlowPrior, PrincipalAffine, PrincipalField, SmoothField
+from probmed.field_priors import AutoencodedField, FieldPrior, FlowPrior, PrincipalAffine, PrincipalField, SmoothField
 from probmed.fields import along_axes
 from probmed.grids import Grid, interpolation_matrices
 from probmed.inference.parameters import seeded
@@ -26,7 +26,7 @@ from probmed.transforms import Affine, Transform, Velocity, warp
 from probmed.volumes import Volume, scaled
 from probmed.workflows.cohorts import own_world
 
-SPATIAL = ("principal", "smooth", "random", "none")
+SPATIAL = ("principal", "autoencoder", "smooth", "random", "none")
 APPEARANCES = ("principal", "smooth", "none")
 _RANDOM_SD_MM, _RANDOM_LENGTH_MM = 2.0, 8.0  # of transforms that nothing was learned from
 
@@ -156,7 +156,8 @@ def learned(
 
     Arguments:
         labels: S_1 as probabilities, ``(K, *grid.shape)``.
-        spatial: one of ``SPATIAL``: principal components of velocities, a smooth field fitted to them, a smooth field that was not, or none.
+        spatial: one of ``SPATIAL``: principal components of velocities, an autoencoder of their scores, a smooth field fitted to them,
+            a smooth field that was not, or none.
         appearance: one of ``APPEARANCES``, alike.
         components: at most so many principal components of each; all by default.
         affine: whether affine maps are drawn, too, with the mean and covariance of those that were estimated; none are where ``spatial`` is random
@@ -186,6 +187,8 @@ def _middle(grid: Grid) -> Tensor:
 def _velocity(estimates: Estimates, spatial: str, components: int | None) -> FieldPrior:
     if spatial == "principal":
         return PrincipalField.fit(estimates.velocities, components, "velocity")
+    if spatial == "autoencoder":
+        return AutoencodedField.fit(estimates.velocities, components, site="velocity")
     if spatial == "smooth":
         return SmoothField.fit(estimates.velocities, estimates.lattice.spacing, 3.0, "velocity")
     sd = _RANDOM_SD_MM if spatial == "random" else 1e-6

@@ -30,7 +30,7 @@ from probmed.volumes import UnusableInput, Volume
 from probmed.workflows.amortisation import Cohort, brought
 from probmed.workflows.cohorts import own_world
 from probmed.workflows.network_folders import read_network, read_weights, write_network
-from probmed.workflows.training_sets import Examples, drawn_from
+from probmed.workflows.training_sets import Examples, Resolution, drawn_from
 from probmed.workflows.volume_errors import VolumeErrors
 
 _HOTTEST = 20.0  # temperature
@@ -239,6 +239,7 @@ def amortise(
     training: TrainingSettings | None = None,
     batch: int = 4,
     *,
+    resolution: Resolution | None = None,
     folder: Path | None = None,
     tell: Callable[[Row, float], None] = lambda row, share: None,
 ) -> TrainedSegmenter:
@@ -247,12 +248,20 @@ def amortise(
     Arguments:
         model: with proper priors, of one channel; the first of its labels is taken for the background.
         grid: of the scans that it is drawn on, centred on the model's world, axes along its own.
+        training: its seed is that of the network's weights and of the draws.
+        resolution: of scans whose slices may be thick, which the model does not know of; None for the model's own scans alone.
+
+    Example::
+
+        model = Segmentation(DeformableAtlas(atlas), GaussianMixture.for_labels(atlas.names), BiasField())
+        network = amortise(model, atlas.grid, training=TrainingSettings(steps=2000))
+        network.probabilities(read_scan("new.nii.gz"))
 
     References: Papamakarios & Murray, NeurIPS 2016 (neural posterior estimation).
     """
-    names = model.labels.names
-    trained = TrainedSegmenter.build(grid, settings or SegmenterSettings(), range(len(names)), dict(enumerate(names)))
-    train_segmenter(trained, drawn_from(model, grid, batch), training or TrainingSettings(), folder=folder, tell=tell)
+    names, training = model.labels.names, training or TrainingSettings()
+    trained = TrainedSegmenter.build(grid, settings or SegmenterSettings(), range(len(names)), dict(enumerate(names)), training.seed)
+    train_segmenter(trained, drawn_from(model, grid, batch, resolution), training, folder=folder, tell=tell)
     return trained
 
 

@@ -83,6 +83,54 @@ class Augmentation:
         return bent + self.noise * torch.rand(each, device=images.device) * torch.randn_like(bent)
 
 
+@dataclass(frozen=True)
+class Resolution:
+    """Scans of thick slices, brought to the voxels of finer ones: blurred over the slice along one axis, and interpolated between slices.
+
+    Arguments:
+        chance: that a scan has thick slices, across an axis that is drawn alike often. thickest: slices, in voxels; from one to this, uniform.
+    """
+
+    chance: float = 0.5
+    thickest: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.chance <= 1 or self.thickest < 1:
+            raise ValueError(f"expected 0 <= chance <= 1 and thickest >= 1, got {self.chance} and {self.thickest}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Of images ``(B, C, *shape)``, NaN where unknown, and so where most of what is blurred is."""
+        count, d = len(images), images.ndim - 2
+        thick = 1 + (self.thickest - 1) * torch.rand(count, device=images.device)
+        axis = torch.where(torch.rand(count, device=images.device) < self.chance, torch.randint(d, (count,), device=images.device), d)
+        known = ~images.isnan()
+        values = torch.cat([images.nan_to_num(0.0), known.to(images)], 1)
+        for a in range(d):
+            n = images.shape[2 + a]
+            matrix = thick_slices(n, torch.where(axis == a, thick, 1.0), torch.where(axis == a, torch.rand(count, device=images.device), 0.0))
+            values = torch.einsum("bij,bcj...->bci...", matrix.to(images), values.movedim(2 + a, 2)).movedim(2, 2 + a)
+        found, share = values.chunk(2, 1)
+        missing = ~(share > 0.5)
+        return (found / share.masked_fill(missing, 1.0)).masked_fill(missing, math.nan)
+
+
+def thick_slices(count: int, thickness: Tensor, offset: Tensor) -> Tensor:
+    """What slices of some voxels' thickness make of ``count`` voxels: means over each slice, and lines between their middles, ``(B, count, count)``.
+
+    Arguments:
+        thickness: in voxels, at least 1, ``(B,)``. offset: where the first slice begins before the first voxel, in slices, ``(B,)``, from 0 to 1.
+    """
+    voxel, width = torch.arange(count, device=thickness.device, dtype=thickness.dtype), thickness[:, None, None]
+    begin = (torch.arange(count + 1, device=thickness.device, dtype=thickness.dtype)[:, None] - offset[:, None, None]) * width
+    overlap = (torch.minimum(begin + width, voxel + 1) - torch.maximum(begin, voxel)).clamp_min(0.0)
+    # A slice of which less than half lies within would say more of one voxel than others do of theirs.
+    inside = overlap.sum(2, keepdim=True) >= 0.5 * torch.minimum(width, width.new_tensor(float(count)))
+    mean = overlap / overlap.sum(2, keepdim=True).clamp_min(1e-6)
+    near = (1 - (voxel[:, None] + 0.5 - (begin + width / 2).mT).abs() / width).clamp_min(0.0) * inside.mT
+    # Beyond the middles of the outermost slices there is one neighbour.
+    return near / near.sum(2, keepdim=True) @ mean
+
+
 def labelled(images: Tensor, labels: Tensor, grid: Grid, batch: int, augmentation: Augmentation | None = None) -> Examples:
     """Random scans of those that are labelled, ``(N, 1, *shape)`` and ``(N, *shape)``, with augmentation where asked for."""
 
@@ -117,7 +165,7 @@ def one_shot(models: list[TransformedScan], batch: int, augmentation: Augmentati
     return draw
 
 
-def drawn_from(model: Segmentation, grid: Grid, batch: int) -> Examples:
+def drawn_from(model: Segmentation, grid: Grid, batch: int, resolution: Resolution | None = None) -> Examples:
     """Scans and labels of a generative model's own: every latent from its prior, hence any contrast, bias and place that it allows.
 
     Labels follow the image by their exact conditional, so that both are a draw of the joint. A network that is trained on them answers p(S | I) at
@@ -125,11 +173,13 @@ def drawn_from(model: Segmentation, grid: Grid, batch: int) -> Examples:
 
     Arguments:
         grid: of the scans, in the model's world.
+        resolution: of scans whose slices may be thick, which the model does not know of; None for its own scans alone.
     """
 
     def draw() -> tuple[Tensor, Tensor]:
         sites = [poutine.trace(model).get_trace(grid=grid).nodes["image"] for _ in range(batch)]
-        return torch.stack([site["value"] for site in sites]), torch.stack([site["fn"].sample_labels(site["value"])[0] for site in sites])
+        images, labels = torch.stack([site["value"] for site in sites]), torch.stack([site["fn"].sample_labels(site["value"])[0] for site in sites])
+        return images if resolution is None else resolution(images), labels
 
     return draw
 
@@ -145,15 +195,23 @@ def on_grid(examples: Examples, source: Grid, grid: Grid) -> Examples:
     return draw
 
 
-def random_contrast(regions: Tensor, labels: Tensor, grid: Grid, batch: int, augmentation: Augmentation | None = None) -> Examples:
+def random_contrast(
+    regions: Tensor,
+    labels: Tensor,
+    grid: Grid,
+    batch: int,
+    augmentation: Augmentation | None = None,
+    resolution: Resolution | None = None,
+) -> Examples:
     """Scans that are made of regions, each of an intensity that is drawn anew, so that a network learns shapes and no contrast.
 
     Arguments:
         regions: ``(N, *shape)``, numbers of places of one intensity, such as ``intensity_regions`` gives. labels: ``(N, *shape)``.
+        resolution: of scans whose slices may be thick; ``Resolution()`` by default, and one of chance 0 for none.
 
     References: Billot et al., MedIA 2023 (SynthSeg).
     """
-    shape = augmentation or Augmentation()
+    shape, slices = augmentation or Augmentation(), resolution or Resolution()
     count = int(regions.max()) + 1
 
     def draw() -> tuple[Tensor, Tensor]:
@@ -166,7 +224,7 @@ def random_contrast(regions: Tensor, labels: Tensor, grid: Grid, batch: int, aug
         smooth = blur.covariance_matvec(image)
         moved = warp(smooth * (image.mean() / smooth.mean()), grid, transform, grid, fill=math.nan)
         carried = warp(labels[chosen][:, None], grid, transform, grid, "nearest")[:, 0]
-        return shape.appearance(moved, grid), carried
+        return slices(shape.appearance(moved, grid)), carried
 
     return draw
 
