@@ -39,8 +39,8 @@ from probmed.simulation.contrasts import stream
 from probmed.volumes import Volume, read_scan, scaled
 from probmed.workflows.supervision import SegmenterSettings
 
-SCANS = 20  # test scans, the first ones
-FEW = {REGISTRATION: 12, SHAPES: 4}  # for methods that take seconds a scan
+SCANS = 12  # test scans, the first ones
+FEW = {REGISTRATION: 8, SHAPES: 3}  # for methods that take seconds a scan
 SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
