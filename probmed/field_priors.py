@@ -78,7 +78,7 @@ class PrincipalField(FieldPrior):
 
 
 class AutoencodedField(FieldPrior):
-    """Principal scores by a small variational autoencoder, for fields that lie on no linear subspace.
+    """Principal scores by a small variational autoencoder, to compare with components alone, whose scores are normal.
 
     .. math:: z \\sim N(0, I), \\quad a \\sim N(f(z), \\sigma^2 I), \\quad x = \\mu + \\sum_j a_j c_j
 
