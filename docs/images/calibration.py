@@ -1,8 +1,8 @@
 """Makes docs/images/calibration.png, and the table beside it in docs/registration.md: `PYTHONPATH=.:tests python docs/images/calibration.py`.
 
-The posterior of one small registration's velocity is known by dense algebra (``tests/test_calibration.py``). Each family's best posterior has its mean and
-another spread, so that a central interval holds the truth with probability 2 Φ(z r) − 1, z the normal quantile and r the ratio of the two standard
-deviations.
+The posterior of one small registration's velocity is known by dense algebra (``tests/test_calibration.py``). Each family's best posterior has its mean
+and another spread, so that a central interval holds the truth with probability 2 Φ(z r) − 1, z the normal quantile and r the ratio of the two
+standard deviations.
 """
 
 from __future__ import annotations
