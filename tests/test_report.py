@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +345,7 @@ def test_page_of_an_affine_pair_says_what_is_not_there() -> None:
     assert text == pair_page(result)
     page = _Page()
     page.feed(text)
-    assert page.open == [] and len(page.sources) == 3
+    assert page.open == [] and len(page.sources) == 2
     for wanted in ("affine map only", "No draws", "No deformation was fitted"):
         assert wanted in text, wanted
 
@@ -385,9 +387,43 @@ def test_a_warped_grid_moves_with_the_moving_image() -> None:
     torch.testing.assert_close(moved[..., 0], torch.zeros_like(moved[..., 0]))
 
 
+def shown(axis: Any) -> np.ndarray:
+    return np.asarray(axis.images[0].get_array())
+
+
+def test_beyond_the_moving_image_the_fixed_one_is_shown_alone() -> None:
+    """In grey, darker, within a line; elsewhere tiles of both, and colours."""
+    result = pair((20, 18), FLAT)
+    view = pair_figures.PairView.of(result)
+    (cut,) = view.cuts
+    unknown = np.zeros(cut.fixed.shape, bool)
+    unknown[:, :6] = True
+    moved = tuple(np.where(unknown, math.nan, 1 - cut.fixed) for _ in cut.moved)
+    view = replace(view, cuts=[replace(cut, moved=moved)])
+    board, colours = pair_figures.checkerboard(view), pair_figures.blend(view)
+    for axis in board.axes[:3]:
+        np.testing.assert_allclose(shown(axis)[unknown], 0.55 * cut.fixed[unknown])
+        tiles = shown(axis)[~unknown]
+        assert set(np.unique(np.isclose(tiles, cut.fixed[~unknown]))) == {False, True}
+        assert axis.collections
+    for axis in colours.axes[:3]:
+        np.testing.assert_allclose(shown(axis)[unknown], (0.55 * cut.fixed[unknown])[:, None].repeat(3, 1))
+        np.testing.assert_allclose(shown(axis)[~unknown][:, 0], cut.fixed[~unknown])
+
+
+def test_an_affine_map_has_no_stage_of_its_own_after_it() -> None:
+    result = pair((18, 14, 16), TURNED)
+    assert len(pair_figures.checkerboard(pair_figures.PairView.of(result)).axes) == 9
+    result.velocity = None
+    view = pair_figures.PairView.of(result)
+    assert view.stages == ("by headers", "affine") and len(pair_figures.checkerboard(view).axes) == 6
+    assert pair_figures.jacobian(view) is None
+
+
 def test_folding_is_marked() -> None:
     result = pair((20, 18), FLAT)
     result.determinant[9:11, 9:11] = -1.0
     figure = pair_figures.jacobian(pair_figures.PairView.of(result))
+    assert figure is not None
     black = figure.axes[0].images[1].get_array()
     assert black is not None and int((np.asarray(black)[..., 3] == 1).sum()) == 4

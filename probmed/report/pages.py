@@ -215,20 +215,21 @@ def registration_page(result: RegistrationResult, provenance: Provenance, title:
     """
     view = pair_figures.PairView.of(result)
     grid, spread, ascent = pair_figures.warped_grid(view), pair_figures.spread(view), pair_figures.ascent(result)
+    jacobian = pair_figures.jacobian(view)
     carried, colours = (None, {}) if propagation is None else pair_figures.carried_labels(view, propagation)
     return _TEMPLATES.get_template("registration.html").render(
         title=title,
         version=__version__,
         summary=_pair_summary(result),
-        stages=pair_figures.STAGES,
+        stages=view.stages,
         match=[
-            {"name": "correlation", "values": [_signed(value) for value in result.correlation]},
-            {"name": "mutual information, nats", "values": [_signed(value) for value in result.information]},
+            {"name": "correlation", "values": [_signed(value) for value in result.correlation[: len(view.stages)]]},
+            {"name": "mutual information, nats", "values": [_signed(value) for value in result.information[: len(view.stages)]]},
         ],
         blend=_image(pair_figures.blend(view), "fixed and moving image in two colours"),
         checkerboard=_image(pair_figures.checkerboard(view), "tiles of the fixed and the moving image"),
         grid=None if grid is None else _image(grid, "warped grid over the fixed image"),
-        jacobian=_image(pair_figures.jacobian(view), "logarithm of the Jacobian determinant"),
+        jacobian=None if jacobian is None else _image(jacobian, "logarithm of the Jacobian determinant"),
         numbers=_pair_numbers(result),
         spread=None if spread is None else _image(spread, "standard deviation of the displacement"),
         draws=len(result.draws),

@@ -18,7 +18,7 @@ from torch import Tensor
 from probmed.grids import sample
 from probmed.report.palette import FAINT, INK, label_colours, rgb
 from probmed.report.panels import WIDTH, bare_axes, blank_figure, colour_bar, coloured, grey, name_sides, panels
-from probmed.report.planes import Array, Orientation, Plane, bounding_box, centre_of, planes_through, window
+from probmed.report.planes import Array, Mask, Orientation, Plane, bounding_box, centre_of, planes_through, window
 from probmed.transforms import Affine, Transform
 from probmed.volumes import scaled
 from probmed.workflows.propagation import Propagation
@@ -30,6 +30,7 @@ _MARGIN_MM = 5.0
 _TILES = 8  # of a checkerboard, along the longer side
 _LINES = 22  # of a warped grid, along the longer side
 _LINE = "#f2b134"
+_DARKER = 0.55  # of the fixed image where there is no moving one
 _LEVELS = ("#1f6f8b", "#e4593b", "#2a9d6f", "#7a5cc7", "#f2b134")
 STAGES = ("by headers", "affine", "affine + warp")
 
@@ -67,6 +68,16 @@ class PairView:
     @property
     def planes(self) -> list[Plane]:
         return [cut.plane for cut in self.cuts]
+
+    @property
+    def deformed(self) -> bool:
+        """Whether there is more than an affine map."""
+        return all(cut.carried is not None for cut in self.cuts)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Of ``STAGES``, those that differ."""
+        return STAGES if self.deformed else STAGES[:-1]
 
     @classmethod
     def of(cls, result: RegistrationResult) -> PairView:
@@ -114,26 +125,32 @@ def _cut(result: RegistrationResult, plane: Plane, turn: Orientation, image: Arr
 
 
 def checkerboard(view: PairView) -> Figure:
-    """Tiles of the fixed and of the moving image by turns, at each stage."""
+    """Tiles of the fixed and of the moving image by turns, at each stage; where there is no moving image, the fixed one, darker."""
     figure, axes = _stages(view)
-    for row in range(len(STAGES)):
+    for row in range(len(view.stages)):
         for column, cut in enumerate(view.cuts):
             side = max(max(cut.fixed.shape[0] * cut.plane.aspect, cut.fixed.shape[1]) / _TILES, 1)
             up, along = np.indices(cut.fixed.shape)
             fixed = ((up * cut.plane.aspect // side) + (along // side)) % 2 == 0
-            grey(axes[row][column], np.where(fixed, cut.fixed, np.nan_to_num(cut.moved[row])), (0.0, 1.0))
+            moved, unknown = cut.moved[row], np.isnan(cut.moved[row])
+            grey(axes[row][column], np.where(unknown, _DARKER * cut.fixed, np.where(fixed, cut.fixed, moved)), (0.0, 1.0))
+            _end_of_view(axes[row][column], unknown)
             name_sides(axes[row][column], cut.plane)
     return figure
 
 
 def blend(view: PairView) -> Figure:
-    """The fixed image in orange and the moving one in blue, at each stage: grey where they agree."""
+    """The fixed image in orange and the moving one in blue, at each stage: grey where they agree. Where there is no moving image, the fixed one in
+    grey, darker."""
     figure, axes = _stages(view)
-    for row in range(len(STAGES)):
+    for row in range(len(view.stages)):
         for column, cut in enumerate(view.cuts):
-            moved = np.nan_to_num(cut.moved[row])
-            colours = np.stack([cut.fixed, (cut.fixed + moved) / 2, moved], -1)
+            unknown = np.isnan(cut.moved[row])
+            fixed = np.where(unknown, _DARKER * cut.fixed, cut.fixed)
+            moved = np.where(unknown, fixed, cut.moved[row])
+            colours = np.stack([fixed, (fixed + moved) / 2, moved], -1)
             axes[row][column].imshow(colours, origin="lower", aspect="auto", interpolation="bilinear")
+            _end_of_view(axes[row][column], unknown)
             name_sides(axes[row][column], cut.plane)
     return figure
 
@@ -157,7 +174,7 @@ def carried_labels(view: PairView, propagation: Propagation) -> tuple[Figure, di
 
 def warped_grid(view: PairView) -> Figure | None:
     """Lines that were straight and evenly spaced on the moving image after its affine map; None without a deformation."""
-    if any(cut.carried is None for cut in view.cuts):
+    if not view.deformed:
         return None
     figure, axes = panels(view.planes, 1, ["warped grid"])
     for column, cut in enumerate(view.cuts):
@@ -168,14 +185,16 @@ def warped_grid(view: PairView) -> Figure | None:
             values = cut.carried[..., side]  # type: ignore[index]
             step = reach / _LINES / view.spacing[a]
             levels = np.arange(math.floor(values.min() / step), math.ceil(values.max() / step) + 1) * step
-            axis.contour(values, levels=levels, colors=_LINE, linewidths=0.7)
+            axis.contour(values, levels=levels, colors=_LINE, linewidths=0.7, linestyles="solid")
         axis.set_axis_off()
         name_sides(axis, cut.plane)
     return figure
 
 
-def jacobian(view: PairView) -> Figure:
-    """log det Dφ, grey where the map folds."""
+def jacobian(view: PairView) -> Figure | None:
+    """log det Dφ, black where the map folds; None without a deformation, where it is the same everywhere."""
+    if not view.deformed:
+        return None
     figure, axes = panels(view.planes, 1, ["log det Dφ"], bars=True)
     logs = [np.log(np.where(cut.determinant > 0, cut.determinant, np.nan)) for cut in view.cuts]
     known = np.concatenate([np.abs(values[np.isfinite(values)]) for values in logs])
@@ -185,6 +204,7 @@ def jacobian(view: PairView) -> Figure:
         axes[0][column].set_facecolor(INK)
         shown = coloured(axes[0][column], np.ma.masked_invalid(values), "RdBu_r", Normalize(-reach, reach))
         _outline(axes[0][column], cut)
+        name_sides(axes[0][column], cut.plane)
         if np.isnan(values).any():
             axes[0][column].imshow(
                 np.where(np.isnan(values)[..., None], (0.1, 0.1, 0.1, 1.0), 0.0), origin="lower", aspect="auto", interpolation="nearest"
@@ -232,13 +252,20 @@ def ascent(result: RegistrationResult) -> Figure | None:
 
 def _stages(view: PairView) -> tuple[Figure, list[list[Axes]]]:
     """Axes of each stage and plane, a row a stage; of a single plane the stages are side by side."""
+    stages = view.stages
     if len(view.planes) > 1:
-        return panels(view.planes, len(STAGES), STAGES)
-    figure, ((*axes,),) = panels(view.planes * len(STAGES), 1, [""])
-    for axis, stage in zip(axes, STAGES, strict=True):
+        return panels(view.planes, len(stages), stages)
+    figure, ((*axes,),) = panels(view.planes * len(stages), 1, [""])
+    for axis, stage in zip(axes, stages, strict=True):
         box = {"facecolor": "black", "alpha": 0.6, "linewidth": 0, "pad": 3}
         axis.text(0.5, 0.03, stage, transform=axis.transAxes, ha="center", va="bottom", color="white", fontsize=10, bbox=box)
     return figure, [[axis] for axis in axes]
+
+
+def _end_of_view(axis: Axes, unknown: Mask) -> None:
+    """A line about the moving image's field of view, where it ends within the picture."""
+    if unknown.any() and not unknown.all() and min(unknown.shape) > 1:
+        axis.contour(unknown, levels=[0.5], colors=_LINE, linewidths=1.2)
 
 
 def _outline(axis: Any, cut: Cut) -> None:

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
@@ -115,10 +116,10 @@ def coloured(axis: Axes, cut: Array, colours: str, scale: Normalize) -> Any:
 
 def name_sides(axis: Axes, plane: Plane) -> None:
     """L and R, or P and A, in the upper corners."""
+    # White with a dark rim is read on white matter as well as on air.
+    rim = [patheffects.withStroke(linewidth=2.0, foreground=INK)]
     for x, side, text in zip((0.02, 0.98), ("left", "right"), plane.edges, strict=True):
-        axis.text(
-            x, 0.98, text, transform=axis.transAxes, ha=side, va="top", color="white", fontsize=8, alpha=0.9
-        )
+        axis.text(x, 0.98, text, transform=axis.transAxes, ha=side, va="top", color="white", fontsize=9, path_effects=rim)
 
 
 def colour_bar(figure: Figure, axis: Axes, shown: Any, unit: str) -> None:
