@@ -7,7 +7,8 @@ the changes themselves, log|XᵀV⁻¹X| in it and log|XᵀX| not.
 Changes may have several columns, whose covariances are V times a scale λ_j each. The scales are those at which the likelihood is greatest given the
 other components, λ_j = d_jᵀP d_j / n, so that what is shared costs one factor whatever their number.
 
-References: Gilmour, Thompson & Cullis, Biometrics 1995 (average information); Self & Liang, JASA 1987 (tests on the boundary).
+References: Gilmour, Thompson & Cullis, Biometrics 1995 (average information); Bertsekas, SIAM Journal on Control and Optimization 1982 (steps beside
+bounds); Self & Liang, JASA 1987 (tests on the boundary).
 """
 
 from __future__ import annotations
@@ -396,15 +397,13 @@ def fit_components(
     converged, taken = False, 0
     while taken < iterations and not converged:
         taken += 1
-        movable = ((free > lowest) | (gradient > 0)).nonzero()[:, 0]
-        information = (mixing.mT @ average_information(data, mixing @ free, solved if restricted else None) @ mixing)[movable][:, movable]
-        unit, correlation = _in_own_units(information)
-        step = torch.zeros_like(free)
-        step[movable] = unit * torch.linalg.solve(correlation, unit * gradient[movable])
+        # A component that leaps to its bound may never come back: there information is great, and steps are small.
+        floor = torch.where(free > negligible, _SHRINKING * free, lowest)
+        information = mixing.mT @ average_information(data, mixing @ free, solved if restricted else None) @ mixing
+        step, held = _step(free, floor, gradient, information)
         size, gain = 1.0, -math.inf
         for _ in range(_HALVINGS):
-            # A component that leaps to its bound may never come back: there information is great, and steps are small.
-            candidate = torch.maximum(free + size * step, torch.where(free > negligible, _SHRINKING * free, lowest))
+            candidate = torch.maximum(free + size * step, floor)
             found, slope, there = _with_gradient(data, candidate, mixing, restricted)
             gain = found - value
             if gain >= 0:
@@ -415,7 +414,7 @@ def fit_components(
             converged = float(step @ gradient) < math.sqrt(tolerance)
             break
         free, value, gradient, solved = candidate, found, slope, there
-        converged = gain < tolerance
+        converged = gain < tolerance and not held
     # Of components and scales only the product is determined.
     variances = mixing @ free
     unit = _solve(data, variances, restricted).scales.mean()
@@ -449,6 +448,31 @@ def at_components(
             converged,
             iterations,
         )
+
+
+def _step(free: Tensor, floor: Tensor, gradient: Tensor, information: Tensor) -> tuple[Tensor, bool]:
+    """The gradient divided by the information, along which the likelihood rises. Components that it would take below their floor go there by
+    themselves, or stay where the likelihood falls that way: in a joint step that is cut off there the others would follow what those cannot do.
+
+    Returns:
+        The step, and whether a component had to stay, which may move after the others.
+    """
+    step, held = torch.zeros_like(free), False
+    movable = torch.ones_like(free, dtype=torch.bool)
+    while bool(movable.any()):
+        chosen = movable.nonzero()[:, 0]
+        unit, correlation = _in_own_units(information[chosen][:, chosen])
+        step[chosen] = unit * torch.linalg.solve(correlation, unit * gradient[chosen])
+        below = movable & (free + step < floor)
+        if not bool(below.any()):
+            break
+        # Those that want to fall first: without them the rest may have no such step.
+        falling = below & (gradient < 0)
+        held = held or not bool(falling.any())
+        out = falling if bool(falling.any()) else below
+        step = torch.where(out, torch.where(gradient < 0, floor - free, 0.0), step)
+        movable &= ~out
+    return step, held
 
 
 def _in_own_units(information: Tensor) -> tuple[Tensor, Tensor]:

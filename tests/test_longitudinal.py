@@ -373,6 +373,25 @@ def test_fit_is_the_greatest_of_a_grid_and_does_not_stay_at_a_bound(seed: int) -
     assert fit.log_likelihood >= max(along) - 1e-6
 
 
+@pytest.mark.parametrize("people", [8, 14])
+def test_components_that_fall_to_their_bounds_do_not_hold_the_others(people: int) -> None:
+    """Three kernels and noise of few people: most fits end on a bound, and all of them at a maximum."""
+    on_bound = 0
+    for seed in range(15):
+        data = made_data("same", people, seed)
+        assert isinstance(data.relationship, DenseKernels)
+        kernels = torch.cat([data.relationship.matrices, torch.eye(people)[None]])
+        fit = fit_components(ChangeData(data.change, data.visits, data.design, DenseKernels(kernels)))
+        leaf = fit.variances.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(log_likelihood(fit.data, leaf), leaf)
+        negligible = fit.variances < 1e-5
+        assert fit.converged, seed
+        assert float((gradient * fit.variances)[~negligible].abs().max()) < 1e-3
+        assert bool((gradient[negligible] < 1e-3).all())
+        on_bound += int(negligible.any())
+    assert on_bound > 5
+
+
 @pytest.mark.slow
 def test_heritability_is_recovered_and_its_interval_covers() -> None:
     truth, cohorts = 0.5, 200
