@@ -37,6 +37,7 @@ from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, t
 from probmed.workflows.training_sets import Augmentation, labelled
 
 SLICE_STEPS = 800
+FEWER = {"FCN of ten layers": 250, "voxel-wise": 250}  # steps on the crops, of networks whose steps take three times as long
 LEFT_OUT = 3  # every third slice is for the test
 TIMED = 8  # steps, after two that warm up; their median counts
 PATCHES = 512
@@ -71,7 +72,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                 for name in _wanted(names, only):
                     key, common = f"cost/{collection}/{name}", {"collection": collection, "method": name, "kind": "cost", "scans": len(cohort.images)}
                     rows += child_rows(log, "benchmarks.architectures", {**said, "method": name}, {key: None}, common, threads)
-    settings = {"steps": STEPS, "slice_steps": SLICE_STEPS, "batch": BATCH, "learning_rate": RATE, "threads": threads}
+    settings = {"steps": STEPS, "fewer_steps": FEWER, "slice_steps": SLICE_STEPS, "batch": BATCH, "learning_rate": RATE, "threads": threads}
     return Table("architectures", rows, summarise(rows), notes(rows), settings, seed)
 
 
@@ -82,11 +83,16 @@ def _wanted(names: Sequence[str] | Mapping[str, Any], only: Sequence[str]) -> It
 def _crops(log: Log, data: Data, name: str, seed: int) -> list[Row]:
     keys = {f"{CROPS}/{name}/{path.name[12:15]}": path for path in data.test}
     if any(key not in log.rows for key in keys):
-        method = Method(lambda data: data.supervised(None), NETWORKS[name], STEPS, calibrated=True)
-        trained = network(data, TRAINED.get(name, f"{CROPS}, {name}"), method, seed)
+        trained = trained_on_crops(data, name, seed)
         for key, path in keys.items():
             log.row(key, lambda path=path: {"collection": CROPS, "kind": "scan", **score(name, path, trained.probabilities)})  # type: ignore[misc]
     return [log.rows[key] for key in keys]
+
+
+def trained_on_crops(data: Data, name: str, seed: int) -> TrainedSegmenter:
+    """On all labelled scans."""
+    method = Method(lambda data: data.supervised(None), NETWORKS[name], FEWER.get(name, STEPS), calibrated=True)
+    return network(data, TRAINED.get(name, f"{CROPS}, {name}"), method, seed)
 
 
 def _sliced(log: Log, kept: Path, name: str, limit: int | None, seed: int) -> list[Row]:
@@ -124,7 +130,8 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
     for collection in (CROPS, SLICES):
         for name in dict.fromkeys(row["method"] for row in rows if row["collection"] == collection):
             own, cost = _of(rows, "scan", collection, name), next(iter(_of(rows, "cost", collection, name)), {})
-            line = {"set": collection, "network": name, "Dice": mean_sd([row["dice"] for row in own])}
+            steps = SLICE_STEPS if collection == SLICES else FEWER.get(name, STEPS)
+            line = {"set": collection, "network": name, "steps": str(steps) if own else "–", "Dice": mean_sd([row["dice"] for row in own])}
             line["HD95, mm"] = mean_sd([row["hd95"] for row in own if "hd95" in row], 2)
             line["nats a voxel"] = mean_sd([row["nll"] for row in own if "nll" in row], 4)
             line["structures missed, %"] = f"{100 * statistics.fmean(row['missed'] for row in own):.0f}" if own and "missed" in own[0] else "–"
