@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.few_labels import (
-    ANSWERS,
     FULL,
-    LONGER,
     METHODS,
     REGISTRATION,
     SHAPES,
@@ -114,8 +112,8 @@ DRAWN: Mapping[str, Method] = {
 """Networks that are asked several times."""
 
 ONE_LABEL = ("one label, carried to 60 scans", "one label, learned transforms and augmentation", "one label, random contrasts", "U-Net, 1 label")
-MEASURED = (*ANSWERS, *ONE_LABEL, "U-Net, 10 labels", "all labels, random contrasts", FULL, LONGER, *DRAWN, ENSEMBLE)
-"""Not every number of labels, nor every way to learn transforms."""
+MEASURED = (REGISTRATION, *ONE_LABEL, "U-Net, 10 labels", "all labels, random contrasts", FULL, *DRAWN, ENSEMBLE)
+"""Not every number of labels, nor every way to learn transforms; shapes, of which a scan takes minutes, are in `contrast`."""
 
 
 def shifted(path: Path, shift: str, seed: int = 0) -> Volume:

@@ -139,7 +139,8 @@ class Landmarks(Similarity):
 
 
 def _cholesky(covariance: Tensor) -> Tensor:
-    root, failed = torch.linalg.cholesky_ex(covariance)
-    if covariance.ndim not in (2, 3) or bool(failed.any()) or not torch.allclose(covariance, covariance.mT):
-        raise ValueError(f"expected a symmetric, positive definite covariance of shape (d, d) or (N, d, d), got {covariance}")
-    return root
+    if covariance.ndim in (2, 3) and covariance.shape[-1] == covariance.shape[-2] and torch.allclose(covariance, covariance.mT):
+        root, failed = torch.linalg.cholesky_ex(covariance)
+        if not bool(failed.any()):
+            return root
+    raise ValueError(f"expected a symmetric, positive definite covariance of shape (d, d) or (N, d, d), got {covariance}")
