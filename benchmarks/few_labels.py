@@ -53,6 +53,8 @@ SHAPE_STEPS, SHAPE_SPACING = 600, 1.5
 REFINED = 40  # gradient steps on a scan's shape
 FEW = {SHAPES: 6}  # test scans, the first ones, where a scan takes long
 FULL = "U-Net, all labels"
+LONG = 800  # steps of some networks
+LONGER = f" ({LONG} steps)"
 
 
 @dataclass(frozen=True)
@@ -171,15 +173,16 @@ METHODS: Mapping[str, Method] = {
     "one label, learned transforms and augmentation": Method(lambda data: data.drawn("principal", "principal", Augmentation())),
     "one label, carried to 60 scans": Method(lambda data: data.carried()),
     "U-Net, 1 label": Method(lambda data: data.supervised(1)),
+    "U-Net, 5 labels": Method(lambda data: data.supervised(5)),
     "U-Net, 10 labels": Method(lambda data: data.supervised(10)),
     "one label, learned transforms": Method(lambda data: data.drawn("principal", "principal")),
     "one label, random contrasts": Method(lambda data: data.contrasts(1)),
     "all labels, random contrasts": Method(lambda data: data.contrasts(None)),
-    "one label, learned transforms, spatial alone": Method(lambda data: data.drawn("principal", "none")),
-    "one label, transforms as estimated": Method(lambda data: data.drawn_coupled()),
-    "U-Net, 2 labels": Method(lambda data: data.supervised(2)),
-    "U-Net, 5 labels": Method(lambda data: data.supervised(5)),
-    "U-Net, 50 labels": Method(lambda data: data.supervised(50)),
+    f"{FULL}{LONGER}": Method(lambda data: data.supervised(None), steps=LONG, calibrated=True),
+    f"U-Net, 2 labels{LONGER}": Method(lambda data: data.supervised(2), steps=LONG),
+    f"U-Net, 50 labels{LONGER}": Method(lambda data: data.supervised(50), steps=LONG),
+    f"one label, learned transforms, spatial alone{LONGER}": Method(lambda data: data.drawn("principal", "none"), steps=LONG),
+    f"one label, transforms as estimated{LONGER}": Method(lambda data: data.drawn_coupled(), steps=LONG),
 }
 """Augmentation is that of all supervised networks."""
 
@@ -347,7 +350,7 @@ def volume_scores(draws: Tensor, true: Tensor, errors: Sequence[VolumeErrors] = 
 
 def coverage(rows: Sequence[Row]) -> str:
     """Share of true volumes that are in 50, 80 and 95 % intervals, %; an en dash where no row tells."""
-    scores = torch.tensor([z for row in rows for z in row["z"]])
+    scores = torch.tensor([z for row in rows for z in row.get("z", [])])
     if not len(scores):
         return "–"
     return " / ".join(f"{100 * float((scores.abs() < width).double().mean()):.0f}" for width in (0.674, 1.282, 1.960))
