@@ -29,7 +29,7 @@ from benchmarks.tissue import data_folder
 from probmed.grids import Grid, sample
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import boundary_band, brier_score, calibration_error, dice, negative_log_likelihood, paired_bootstrap, surface_distances
-from probmed.report.palette import ACCENT, distinct
+from probmed.report.palette import ACCENT, FAINT, distinct
 from probmed.report.panels import bare_axes, blank_figure
 from probmed.volumes import Volume, read_labels, read_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
@@ -179,8 +179,7 @@ METHODS: Mapping[str, Method] = {
     "one label, random contrasts": Method(lambda data: data.contrasts(1)),
     "all labels, random contrasts": Method(lambda data: data.contrasts(None)),
     f"{FULL}{LONGER}": Method(lambda data: data.supervised(None), steps=LONG, calibrated=True),
-    f"U-Net, 2 labels{LONGER}": Method(lambda data: data.supervised(2), steps=LONG),
-    f"U-Net, 50 labels{LONGER}": Method(lambda data: data.supervised(50), steps=LONG),
+    **{f"U-Net, {n} label{'s' * (n > 1)}{LONGER}": Method(lambda data, n=n: data.supervised(n), steps=LONG) for n in (1, 2, 5, 10, 50)},
     f"one label, learned transforms, spatial alone{LONGER}": Method(lambda data: data.drawn("principal", "none"), steps=LONG),
     f"one label, transforms as estimated{LONGER}": Method(lambda data: data.drawn_coupled(), steps=LONG),
 }
@@ -403,15 +402,19 @@ def figure(rows: Sequence[Row], everything: int) -> Figure:
     of = {name: torch.tensor([row["dice"] for row in rows if row["method"] == name]) for name in dict.fromkeys(row["method"] for row in rows)}
     bands = {name: band(values) for name, values in of.items()}
     counts = {name: int(found.group(1)) for name in of if (found := re.match(r"U-Net, (\d+) label", name))}
-    counts |= {FULL: everything} if FULL in of else {}
-    order = sorted(counts, key=lambda name: counts[name])
-    x = [counts[name] for name in order]
-    axis.fill_between(x, [bands[n][0] for n in order], [bands[n][2] for n in order], color=ACCENT, alpha=0.2, lw=0)
-    axis.plot(x, [bands[n][1] for n in order], "o-", color=ACCENT, label="U-Net, with augmentation")
-    for name, colour in zip((n for n in of if n not in counts), distinct(len(of)), strict=False):
+    counts |= dict.fromkeys(sorted({FULL, FULL + LONGER} & of.keys()), everything)
+    for longer, shade in ((False, ACCENT), (True, FAINT)):
+        order = sorted((name for name in counts if name.endswith(LONGER) == longer), key=lambda name: counts[name])
+        if order:
+            x = [counts[name] for name in order]
+            axis.fill_between(x, [bands[n][0] for n in order], [bands[n][2] for n in order], color=shade, alpha=0.2, lw=0)
+            axis.plot(x, [bands[n][1] for n in order], "o-", color=shade, label=f"U-Net, with augmentation, {LONG if longer else STEPS} steps")
+    others = [name for name in of if name not in counts and not name.endswith(LONGER)]
+    for name, colour in zip(others, distinct(len(others)), strict=True):
         low, middle, high = bands[name]
         axis.axhspan(low, high, color=colour, alpha=0.12, lw=0)
         axis.axhline(middle, color=colour, lw=1.3, label=name)
+    x = sorted(set(counts.values()))
     axis.set_xscale("log")
     axis.set_xticks(x, [str(count) for count in x])
     axis.minorticks_off()
