@@ -171,7 +171,7 @@ def test_a_scan_is_changed_alike_for_every_method_and_each_in_its_own_way(tmp_pa
 def test_methods_of_a_table_are_those_that_can_be_asked() -> None:
     known = {*few_labels.ANSWERS, *few_labels.METHODS, *uncertainty.DRAWN, uncertainty.ENSEMBLE}
     assert set(uncertainty.MEASURED) <= known and set(contrast.METHODS) <= known
-    assert set(uncertainty.FEW) <= set(uncertainty.MEASURED)
+    assert set(uncertainty.FEW) <= {*uncertainty.MEASURED, *contrast.METHODS}
 
 
 def uncertain(shift: str, method: str, value: float) -> dict[str, object]:
