@@ -179,7 +179,7 @@ METHODS: Mapping[str, Method] = {
     "one label, random contrasts": Method(lambda data: data.contrasts(1)),
     "all labels, random contrasts": Method(lambda data: data.contrasts(None)),
     f"{FULL}{LONGER}": Method(lambda data: data.supervised(None), steps=LONG, calibrated=True),
-    **{f"U-Net, {n} label{'s' * (n > 1)}{LONGER}": Method(lambda data, n=n: data.supervised(n), steps=LONG) for n in (1, 2, 5, 10, 50)},
+    **{f"U-Net, {n} label{'s' * (n > 1)}{LONGER}": Method(partial(Data.supervised, count=n), steps=LONG) for n in (1, 2, 5, 10, 50)},
     f"one label, learned transforms, spatial alone{LONGER}": Method(lambda data: data.drawn("principal", "none"), steps=LONG),
     f"one label, transforms as estimated{LONGER}": Method(lambda data: data.drawn_coupled(), steps=LONG),
 }

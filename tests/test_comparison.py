@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,7 +61,7 @@ def test_pictures_have_one_contrast_the_truth_s_outline_and_votes_up_to_all_diff
     # Axially the truth is 6 × 6 voxels: 24 edges.
     assert outlines == [[], [24], [24], [24], [], []]
     votes_shown = rows[5][0].images[1]
-    entropy = np.ma.asarray(votes_shown.get_array())
+    entropy: np.ma.MaskedArray[Any, Any] = np.ma.asarray(votes_shown.get_array())
     assert votes_shown.get_clim() == pytest.approx((0, math.log(3))) and float(entropy.max()) == pytest.approx(math.log(3))
     assert int((~np.ma.getmaskarray(entropy)).sum()) == 24  # where none votes for anything, nothing is drawn over the scan
     two = side_by_side(Comparison(scan, {"a": block(4), "b": block(6)}, {1: "x"}))
