@@ -27,6 +27,7 @@ from benchmarks.registration_sizes import peak_gib
 from benchmarks.runs import child_rows
 from benchmarks.tables import Log, Row, Table, mean_sd
 from benchmarks.tissue import data_folder
+from benchmarks.uncertainty import PROBABILISTIC
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import dice, paired_bootstrap
@@ -49,7 +50,7 @@ NETWORKS: Mapping[str, SegmenterSettings] = {
     "FCN of ten layers": SegmenterSettings("fcn", mixed_precision=True),
     "voxel-wise": SegmenterSettings("voxelwise", mixed_precision=True),
 }
-TRAINED = {"U-Net": FULL, "probabilistic U-Net": "probabilistic U-Net, all labels"}
+TRAINED = {"U-Net": FULL, "probabilistic U-Net": PROBABILISTIC}
 """Networks of `few_labels` and `uncertainty`, which are trained once where the tables' networks are kept in one place."""
 ON_CROPS = ("U-Net", "probabilistic U-Net", "DeepMedic", "FCN of ten layers")
 """Those that are trained there; of the others the costs alone are measured."""

@@ -43,7 +43,6 @@ SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
 PASSES = 10
-DROPOUT = 0.2
 Shift = Callable[[Tensor, Sequence[float], torch.Generator], Tensor]
 
 
@@ -102,17 +101,14 @@ CONTRASTS: Mapping[str, Shift | None] = {"none": None, "inverted contrast": _inv
 
 
 ENSEMBLE = f"{MEMBERS} U-Nets, all labels"
+PROBABILISTIC = "probabilistic U-Net, all labels"
 DRAWN: Mapping[str, Method] = {
-    name: Method(lambda data: data.supervised(None), settings, calibrated=True)
-    for name, settings in {
-        "probabilistic U-Net, all labels": SegmenterSettings("probabilistic-unet", mixed_precision=True),
-        "U-Net with dropout, all labels": SegmenterSettings(dropout=DROPOUT, mixed_precision=True),
-    }.items()
+    PROBABILISTIC: Method(lambda data: data.supervised(None), SegmenterSettings("probabilistic-unet", mixed_precision=True), calibrated=True)
 }
 """Networks that are asked several times."""
 
 ONE_LABEL = ("one label, carried to 60 scans", "one label, learned transforms and augmentation", "one label, random contrasts", "U-Net, 1 label")
-MEASURED = (REGISTRATION, *ONE_LABEL, "U-Net, 10 labels", "all labels, random contrasts", FULL, "probabilistic U-Net, all labels", ENSEMBLE)
+MEASURED = (REGISTRATION, *ONE_LABEL, "U-Net, 10 labels", "all labels, random contrasts", FULL, *DRAWN, ENSEMBLE)
 """Not every number of labels, nor every way to learn transforms, nor dropout; shapes, of which a scan takes minutes, are in `contrast`."""
 
 
@@ -126,7 +122,7 @@ def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Ask every method about every change of the test scans."""
-    settings = {"threads": threads, "scans": {"networks": SCANS, **FEW}, "members": MEMBERS, "passes": PASSES, "dropout": DROPOUT}
+    settings = {"threads": threads, "scans": {"networks": SCANS, **FEW}, "members": MEMBERS, "passes": PASSES}
     rows = answers(log, limit, MEASURED, SHIFTS, only, threads, seed)
     return Table("uncertainty", rows, summarise(rows, SHIFTS), "", settings, seed)
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from bed_reader import to_bed
+from pages import blocks, page
 from test_growth import GRID, KnownCohort
 from typer.testing import CliRunner
 
@@ -19,11 +20,7 @@ import probmed.workflows.growth as growth_module
 from probmed.cli import app
 from probmed.volumes import read_scan, write_labels, write_scan
 
-TUTORIAL = (Path(__file__).parent.parent / "docs" / "growth.md").read_text(encoding="utf-8")
-
-
-def blocks(kind: str) -> list[str]:
-    return [text for name, text in re.findall(r"```(\w*)\n(.*?)```", TUTORIAL, re.S) if name == kind]
+TUTORIAL = page("docs/growth.md")
 
 
 def write_study(folder: Path) -> KnownCohort:
@@ -43,7 +40,7 @@ def write_study(folder: Path) -> KnownCohort:
     clinic = pd.DataFrame({"subject": names, "age": cohort.age.numpy(), "sex": ["F" if n % 3 else "M" for n in range(13)]})
     clinic[:-1].to_csv(folder / "clinic.tsv", sep="\t", index=False)
     clinic[-1:].to_csv(folder / "new_clinic.tsv", sep="\t", index=False)
-    (new,) = (block for block in blocks("") if "p101" in block)
+    (new,) = (block for block in blocks(TUTORIAL, "") if "p101" in block)
     (folder / "new.tsv").write_text(new, encoding="utf-8")
     atlas = cohort.atlas()
     write_scan(folder / "template.nii.gz", atlas.scan.data, atlas.scan)
@@ -59,7 +56,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     cohort = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(growth_module, "register", cohort.register)
-    train, predict = (shlex.split(block.replace("\\\n", " ")) for block in blocks("sh"))
+    train, predict = (shlex.split(block.replace("\\\n", " ")) for block in blocks(TUTORIAL, "sh"))
     for command in (train, predict):
         assert command[0] == "probmed"
         result = CliRunner().invoke(app, command[1:])
@@ -76,7 +73,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert Path(f"out/{stem[1]}{suffix}").exists(), suffix
     assert Path(f"out/{stem[1]}_desc-sample003.nii.gz").exists()
     assert read_scan(f"out/{stem[1]}_desc-predicted.nii.gz").grid == GRID
-    code = blocks("python")[0].strip().splitlines()
+    code = blocks(TUTORIAL, "python")[0].strip().splitlines()
     space: dict[str, Any] = {}
     exec("\n".join(code[:-1]) + f"\nresult = {code[-1]}", space)
     volumes, predicted, growth, shrinking, samples = space["result"]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from pages import blocks, page
 from test_supervision import GRID, disc, said, write_table
 
 from probmed.volumes import Volume, read_labels, read_scan, write_scan
 
-TUTORIAL = (Path(__file__).parent.parent / "docs" / "one_label.md").read_text(encoding="utf-8")
+TUTORIAL = page("docs/one_label.md")
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def test_one_labelled_scan_ends_in_labels_with_intervals(tmp_path: Path, monkeyp
     image, truth = disc(40)
     write_scan("new.nii.gz", image, Volume.from_grid(image, GRID))
 
-    (shell,) = re.findall(r"```sh\n(.*?)```", TUTORIAL, re.S)
+    (shell,) = blocks(TUTORIAL, "sh")
     assert shell.count("--steps 2000") == 1
     for line in shell.replace("--steps 2000", "--steps 150 --learning-rate 0.005").strip().splitlines():
         said(*shlex.split(line)[1:], "--device", "cpu")
@@ -34,7 +34,7 @@ def test_one_labelled_scan_ends_in_labels_with_intervals(tmp_path: Path, monkeyp
     assert (volumes["q025"] < volumes["q975"]).all() and read_scan("out/new_desc-entropy.nii.gz").data.max() > 0.3
     assert float((read_labels("out/new_dseg.nii.gz").data == 7 * truth).float().mean()) > 0.9
 
-    (code,) = re.findall(r"```python\n(.*?)```", TUTORIAL, re.S)
+    (code,) = blocks(TUTORIAL, "python")
     assert code.count("TrainingSettings(2000, 2e-3)") == 1
     space: dict[str, object] = {}
     exec(code.replace("TrainingSettings(2000, 2e-3)", "TrainingSettings(150, 5e-3)"), space)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from pages import blocks, page
 
 import probmed
 from probmed.simulation import simulate_subject
 
-README = Path(__file__).parent.parent / "README.md"
-
 
 @pytest.mark.slow
 def test_the_composition_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (code,) = blocks(page("README.md"), "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     subject = simulate_subject(spacing_mm=6.0, seed=3, labels="independent")
     probmed.write_scan(tmp_path / "sub-01_T1w.nii.gz", subject.image.data, subject.image)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import blocks, page
 from test_train import write_set
 from torch import Tensor
 
@@ -16,14 +16,12 @@ import probmed
 from probmed.grids import Grid
 from probmed.volumes import Volume
 
-DOCS = Path(__file__).parent.parent / "docs"
-
 pytestmark = pytest.mark.slow
 
 
-def run(page: str, replaced: dict[str, str] | None = None) -> dict[str, Any]:
+def run(name: str, replaced: dict[str, str] | None = None) -> dict[str, Any]:
     """The names that the page's Python makes."""
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+    (code,) = blocks(page(f"docs/{name}"), "python")
     for old, new in (replaced or {}).items():
         assert code.count(old) == 1
         code = code.replace(old, new)
