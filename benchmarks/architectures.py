@@ -1,4 +1,5 @@
-"""Segmentation networks side by side, each trained for as many steps on the same examples: how good they are, and what they cost.
+"""Segmentation networks side by side, each trained for as many steps on parts of the same examples: how good they are, and what they cost. The
+probabilistic U-Net sees whole scans, for as many steps as take as long.
 
 Data, in the folder ``PROBMED_DATA``: `msd_hippocampus` with the split of `few_labels` and all labels, and `oasis_trt_slices`, 2D, all structures,
 trained on eight slices and tested on every third. Costs are measured in a process each, on random images of the same size:
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ from typing import Any
 import torch
 from monai.losses.dice import DiceCELoss
 
-from benchmarks.few_labels import BATCH, FULL, RATE, STEPS, Data, Method, fitted, labelled_table, network, score
+from benchmarks.few_labels import BATCH, FULL, PATCH, RATE, STEPS, Data, Method, fitted, labelled_table, network, score
 from benchmarks.pairs import SMALLEST, beside, slices
 from benchmarks.registration_sizes import peak_gib
 from benchmarks.runs import child_rows
 from benchmarks.tables import Log, Row, Table, mean_sd
 from benchmarks.tissue import data_folder
-from benchmarks.uncertainty import PROBABILISTIC
+from benchmarks.uncertainty import PROBABILISTIC, WHOLE_STEPS
 from probmed.grids import Grid
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import dice, paired_bootstrap
@@ -37,8 +39,7 @@ from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
 from probmed.workflows.training_sets import Augmentation, labelled
 
-SLICE_STEPS = 300
-FEWER = {"FCN of ten layers": 250}  # steps on the crops, of networks whose steps take three times as long
+SLICE_STEPS, SLICE_PATCH = 3000, (96, 96)
 LEFT_OUT = 3  # every third slice is for the test
 TIMED = 8  # steps, after two that warm up; their median counts
 PATCHES = 512
@@ -52,8 +53,6 @@ NETWORKS: Mapping[str, SegmenterSettings] = {
 }
 TRAINED = {"U-Net": FULL, "probabilistic U-Net": PROBABILISTIC}
 """Networks of `few_labels` and `uncertainty`, which are trained once where the tables' networks are kept in one place."""
-ON_CROPS = ("U-Net", "probabilistic U-Net", "DeepMedic", "FCN of ten layers")
-"""Those that are trained there; of the others the costs alone are measured."""
 SLICED = ("U-Net", "FCN of ten layers")
 PLAIN = "U-Net in a plain loop, loss of MONAI"
 PATCHWISE = "voxel-wise, patch after patch"
@@ -67,15 +66,17 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
     with tempfile.TemporaryDirectory() as temporary:
         data = Data.of(log, Path(temporary), limit, seed)
         if data.test:
-            rows += [row for name in _wanted(ON_CROPS, only) for row in _crops(log, data, name, seed)]
+            rows += [row for name in _wanted(NETWORKS, only) for row in _crops(log, data, name, seed)]
             rows += [row for name in _wanted(SLICED, only) for row in _sliced(log, data.kept, name, limit, seed)]
             for collection, names in ((CROPS, (*NETWORKS, PLAIN, PATCHWISE)), (SLICES, SLICED)):
                 cohort, grid = data.cohort if collection == CROPS else _training_slices()
-                said = {"shape": grid.shape, "classes": len(cohort.codes)}
                 for name in _wanted(names, only):
+                    patch = None if name == PATCHWISE else patch_of(collection, name)
+                    said = {"shape": patch or grid.shape, "classes": len(cohort.codes)}
                     key, common = f"cost/{collection}/{name}", {"collection": collection, "method": name, "kind": "cost", "scans": len(cohort.images)}
                     rows += child_rows(log, "benchmarks.architectures", {**said, "method": name}, {key: None}, common, threads)
-    settings = {"steps": STEPS, "fewer_steps": FEWER, "slice_steps": SLICE_STEPS, "batch": BATCH, "learning_rate": RATE, "threads": threads}
+    settings = {"steps": STEPS, "whole_steps": WHOLE_STEPS, "slice_steps": SLICE_STEPS, "patch": PATCH, "slice_patch": SLICE_PATCH}
+    settings |= {"batch": BATCH, "learning_rate": RATE, "threads": threads}
     return Table("architectures", rows, summarise(rows), notes(rows), settings, seed)
 
 
@@ -94,8 +95,20 @@ def _crops(log: Log, data: Data, name: str, seed: int) -> list[Row]:
 
 def trained_on_crops(data: Data, name: str, seed: int) -> TrainedSegmenter:
     """On all labelled scans."""
-    method = Method(lambda data: data.supervised(None), NETWORKS[name], FEWER.get(name, STEPS), calibrated=True)
+    steps = STEPS if patch_of(CROPS, name) else WHOLE_STEPS
+    method = Method(lambda data: data.supervised(None), settings_of(CROPS, name), steps, calibrated=True)
     return network(data, TRAINED.get(name, f"{CROPS}, {name}"), method, seed)
+
+
+def settings_of(collection: str, name: str) -> SegmenterSettings:
+    return replace(NETWORKS[name], patch=patch_of(collection, name))
+
+
+def patch_of(collection: str, name: str) -> tuple[int, ...] | None:
+    """What a step sees; None for whole scans."""
+    if name in NETWORKS and NETWORKS[name].network == "probabilistic-unet":
+        return None
+    return PATCH if collection == CROPS else SLICE_PATCH
 
 
 def _sliced(log: Log, kept: Path, name: str, limit: int | None, seed: int) -> list[Row]:
@@ -104,7 +117,7 @@ def _sliced(log: Log, kept: Path, name: str, limit: int | None, seed: int) -> li
     if any(key not in log.rows for key in keys):
         cohort, grid = _training_slices()
         examples = partial(labelled, cohort.images, cohort.labels, grid, BATCH, Augmentation())
-        untrained = TrainedSegmenter.build(grid, NETWORKS[name], cohort.codes, seed=seed)
+        untrained = TrainedSegmenter.build(grid, settings_of(SLICES, name), cohort.codes, seed=seed)
         trained = fitted(kept, f"{SLICES}, {name}", untrained, examples, SLICE_STEPS, seed)
         for key, path in keys.items():
             log.row(key, partial(score_slice, name, path, trained))
@@ -133,7 +146,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
     for collection in (CROPS, SLICES):
         for name in dict.fromkeys(row["method"] for row in rows if row["collection"] == collection):
             own, cost = _of(rows, "scan", collection, name), next(iter(_of(rows, "cost", collection, name)), {})
-            steps = SLICE_STEPS if collection == SLICES else FEWER.get(name, STEPS)
+            steps = SLICE_STEPS if collection == SLICES else STEPS if patch_of(CROPS, name) else WHOLE_STEPS
             line = {"set": collection, "network": name, "steps": str(steps) if own else "–", "Dice": mean_sd([row["dice"] for row in own])}
             line["HD95, mm"] = mean_sd([row["hd95"] for row in own if "hd95" in row], 2)
             line["nats a voxel"] = mean_sd([row["nll"] for row in own if "nll" in row], 4)

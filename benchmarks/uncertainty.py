@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.few_labels import (
+    CARRIED_LABELS,
     FULL,
+    LEARNED,
     METHODS,
+    PATCH,
     REGISTRATION,
     SHAPES,
     Answer,
@@ -37,12 +41,11 @@ from probmed.simulation.contrasts import stream
 from probmed.volumes import Volume, read_scan, scaled
 from probmed.workflows.supervision import SegmenterSettings
 
-SCANS = 12  # test scans, the first ones
-FEW = {REGISTRATION: 8, SHAPES: 3}  # for methods that take seconds a scan
+FEW = {SHAPES: 6}  # test scans, the first ones, where a scan takes a minute
 SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
-PASSES = 10
+PASSES = 5
 Shift = Callable[[Tensor, Sequence[float], torch.Generator], Tensor]
 
 
@@ -102,14 +105,17 @@ CONTRASTS: Mapping[str, Shift | None] = {"none": None, "inverted contrast": _inv
 
 ENSEMBLE = f"{MEMBERS} U-Nets, all labels"
 PROBABILISTIC = "probabilistic U-Net, all labels"
+DROPOUT = "U-Net with dropout, all labels"
+WHOLE_STEPS = 500  # of networks that see whole scans: they take as long as those that see parts
 DRAWN: Mapping[str, Method] = {
-    PROBABILISTIC: Method(lambda data: data.supervised(None), SegmenterSettings("probabilistic-unet", mixed_precision=True), calibrated=True)
+    DROPOUT: replace(METHODS[FULL], settings=SegmenterSettings(dropout=0.2, mixed_precision=True, patch=PATCH)),
+    PROBABILISTIC: replace(METHODS[FULL], settings=SegmenterSettings("probabilistic-unet", mixed_precision=True), steps=WHOLE_STEPS),
 }
 """Networks that are asked several times."""
 
-ONE_LABEL = ("one label, carried to 60 scans", "one label, learned transforms and augmentation", "one label, random contrasts", "U-Net, 1 label")
+ONE_LABEL = (CARRIED_LABELS, LEARNED, "one label, random contrasts", "U-Net, 1 label")
 MEASURED = (REGISTRATION, *ONE_LABEL, "U-Net, 10 labels", "all labels, random contrasts", FULL, *DRAWN, ENSEMBLE)
-"""Not every number of labels, nor every way to learn transforms, nor dropout; shapes, of which a scan takes minutes, are in `contrast`."""
+"""Not every number of labels, nor every way to learn transforms; shapes, of which a scan takes a minute, are in `contrast`."""
 
 
 def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
@@ -122,7 +128,7 @@ def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Ask every method about every change of the test scans."""
-    settings = {"threads": threads, "scans": {"networks": SCANS, **FEW}, "members": MEMBERS, "passes": PASSES}
+    settings = {"threads": threads, "fewer_scans": FEW, "members": MEMBERS, "passes": PASSES}
     rows = answers(log, limit, MEASURED, SHIFTS, only, threads, seed)
     return Table("uncertainty", rows, summarise(rows, SHIFTS), "", settings, seed)
 
@@ -130,7 +136,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
 def answers(
     log: Log, limit: int | None, names: Sequence[str], shifts: Iterable[str], only: Sequence[str], threads: int, seed: int
 ) -> list[Row]:
-    """A row for each method, change and test scan, of the first ones; fewer for methods without a network, which take seconds."""
+    """A row for each method, change and test scan; for some methods the first ones."""
     torch.set_num_threads(threads)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -138,7 +144,7 @@ def answers(
         for name in names:
             if only and not any(word in name for word in only):
                 continue
-            paths = data.test[: FEW.get(name, SCANS)]
+            paths = data.test[: FEW.get(name)]
             keys = {f"{name}/{shift}/{path.name[12:15]}": (shift, path) for shift in shifts for path in paths}
             if any(key not in log.rows for key in keys):
                 answer = several(data, name, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from monai.networks.nets.basic_unet import BasicUNet
@@ -10,6 +11,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _SMALLEST_SIDE = 16  # voxels that the U-Net needs
+Body = TypeVar("Body", bound=nn.Module)
+
+
+class Convolution3d(nn.Conv3d):
+    """PyTorch's, with right gradients.
+
+    On a CPU with bfloat16, oneDNN's gradient of the weights is made of memory that nobody wrote where the first axis has two voxels (PyTorch 2.13,
+    AMD EPYC; other lengths and axes are right); such layers are small, and computed in float32.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.device.type != "cpu" or images.shape[2] != 2:
+            return super().forward(images)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(images.float() if images.dtype == torch.bfloat16 else images)
+
+
+def sound(body: Body) -> Body:
+    """A network whose three-dimensional convolutions are ours, with the same weights and names; in place."""
+    for owner in list(body.modules()):
+        for name, layer in list(owner.named_children()):
+            if type(layer) is nn.Conv3d:
+                size, strides, padding = layer.kernel_size, layer.stride, layer.padding
+                ours = Convolution3d(
+                    *(layer.in_channels, layer.out_channels, size, strides, padding, layer.dilation, layer.groups),  # type: ignore[arg-type]
+                    bias=layer.bias is not None,
+                    device="meta",
+                )
+                ours.weight, ours.bias = layer.weight, layer.bias
+                setattr(owner, name, ours)
+    return body
 
 
 class VelocityNetwork(nn.Module):
@@ -52,6 +84,7 @@ class VelocityNetwork(nn.Module):
         self.head = convolution(features[5], 2 * ndim, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        sound(self)
 
     def forward(self, moving: Tensor, fixed: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """

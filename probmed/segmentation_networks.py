@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn import functional
 
+from probmed.networks import Convolution3d, sound
+
 _HALVINGS = 4  # of the U-Net
 _LOG_VARIANCE = 4.0  # of the probabilistic U-Net's latents, at most, and its negative at least
 
 
 def convolution(ndim: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
     """Of a dimension."""
-    return nn.Conv3d if ndim == 3 else nn.Conv2d
+    return Convolution3d if ndim == 3 else nn.Conv2d
 
 
 class UNet(nn.Module):
@@ -35,7 +37,7 @@ class UNet(nn.Module):
         self, ndim: int, channels: int, classes: int, features: Sequence[int] = (16, 16, 32, 64, 128, 16), dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.body = BasicUNet(ndim, channels, classes, tuple(features), dropout=dropout)  # type: ignore[arg-type]
+        self.body = sound(BasicUNet(ndim, channels, classes, tuple(features), dropout=dropout))  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         size = images.shape[2:]

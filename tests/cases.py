@@ -35,7 +35,7 @@ from probmed.models.registration import Registration, RegistrationGuide
 from probmed.models.segmentation import Segmentation
 from probmed.models.shape_vae import ImageShapeGuide, ShapeGuide, ShapeVAE
 from probmed.models.template import Template
-from probmed.network_priors import NetworkPrior
+from probmed.network_priors import LikelihoodRatio, NetworkPrior
 from probmed.networks import VelocityNetwork
 from probmed.priors import (
     AffinePrior,
@@ -184,6 +184,17 @@ def log_prior(channels: int) -> Callable[[int], tuple[Any, ...]]:
         return prior, 0.1 * torch.randn(*lead, channels, *shape, **options)  # type: ignore[call-overload]
 
     return arguments
+
+
+def log_prior_alone(size: int) -> tuple[Tensor]:
+    """Arguments of an appearance without a bias field."""
+    return log_prior(1)(size)[:1]  # type: ignore[return-value]
+
+
+def tiny_ratio() -> LikelihoodRatio:
+    """Of a network whose logits are lines through the intensity, trained where labels are unequally frequent."""
+    slopes = torch.linspace(-1, 1, len(NAMES), dtype=torch.get_default_dtype()).reshape(-1, 1, 1, 1)
+    return LikelihoodRatio(lambda images: slopes * images, torch.tensor([0.5, 0.3, 0.2], dtype=slopes.dtype))
 
 
 APPEARANCE_SITES = frozenset({"weights", "covariances", "means"})
@@ -360,6 +371,7 @@ def _components() -> dict[str, Case]:
         )
     cases["ShapeVAE_deformable"] = Case(deformable_shapes, on_grid(), frozenset({"shape_code", "affine", "velocity"}))
     cases["NetworkPrior"] = Case(lambda: NetworkPrior(NAMES, tiny_atlas().probabilities, tiny_atlas().grid), on_grid(), frozenset())
+    cases["LikelihoodRatio"] = Case(tiny_ratio, log_prior_alone, frozenset())
     cases["PrincipalField"] = Case(lambda: principal_velocity().velocity, nothing, frozenset({"velocity_scores"}), plates=True)
     cases["SmoothField"] = Case(smooth_field, nothing, frozenset({"field"}), plates=True)
     cases["FlowPrior"] = Case(principal_velocity, nothing, frozenset({"velocity_scores"}), plates=True)

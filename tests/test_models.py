@@ -23,6 +23,7 @@ from torch import Tensor
 
 import probmed.appearances
 import probmed.models
+import probmed.network_priors
 import probmed.priors
 import probmed.similarities
 from probmed.distributions import LabelMixture
@@ -85,7 +86,7 @@ def assert_given_latents_repeat(trace: Any, component: PyroModule, case: Case) -
 
 
 def test_every_component_and_model_has_a_case() -> None:
-    modules = [probmed.priors, probmed.appearances]
+    modules = [probmed.priors, probmed.appearances, probmed.network_priors]
     for package in (probmed.models, probmed.similarities):
         modules += [importlib.import_module(f"{package.__name__}.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
     defined = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -23,15 +24,17 @@ from probmed.field_priors import FlowPrior, SmoothField
 from probmed.grids import Grid
 from probmed.inference.svi import SCHEDULES
 from probmed.inference.training import TrainingSettings
-from probmed.metrics import dice, negative_log_likelihood
+from probmed.metrics import dice, mean_dice, negative_log_likelihood
 from probmed.models.one_shot import TransformedScan
 from probmed.models.segmentation import Segmentation
+from probmed.networks import Convolution3d, VelocityNetwork, sound
 from probmed.priors import AffinePrior, DeformableAtlas
 from probmed.report import network_page
-from probmed.segmentation_networks import NETWORKS, Encoder, ProbabilisticUNet, VoxelWise, normal
+from probmed.segmentation_networks import NETWORKS, Encoder, ProbabilisticUNet, UNet, VoxelWise, normal
 from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, write_labels, write_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.cohorts import own_world
+from probmed.workflows.patches import in_windows, random_patches
 from probmed.workflows.provenance import Provenance
 from probmed.workflows.segmenter_runs import ExamplesOf
 from probmed.workflows.supervision import (
@@ -154,7 +157,7 @@ def test_two_scans_can_be_learned_by_heart(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fcn", "deepmedic", "deepmedic-three"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_two_scans_in_3d_can_be_learned_by_heart(name: str) -> None:
     grid = Grid.from_spacing((16, 14, 12), 2.5)
     data = cohort(2, 3, grid)
@@ -163,8 +166,80 @@ def test_two_scans_in_3d_can_be_learned_by_heart(name: str) -> None:
     assert log[-1]["dice"] > 0.9
 
 
+def test_gradients_of_bfloat16_are_right_where_the_first_axis_has_two_voxels() -> None:
+    """Of PyTorch's own convolution they are made of memory that nobody wrote, on processors with bfloat16; that memory is made NaN here."""
+    torch.manual_seed(0)
+    layer, image = Convolution3d(16, 16, 3, padding=1), torch.randn(2, 16, 2, 4, 4)
+
+    def gradient(mixed: bool) -> Tensor:
+        freed = [torch.full((size,), math.nan) for size in (64, 512, 2048, 8192, 32768, 131072) for _ in range(4)]
+        del freed
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = layer(image)
+        (found,) = torch.autograd.grad(out.square().sum(), layer.weight)
+        return found
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=0.02, atol=0.5)
+
+
+@pytest.mark.parametrize("build", [lambda: UNet(3, 1, 2), lambda: VelocityNetwork(), lambda: Encoder(3, 1, 2)])
+def test_every_convolution_of_a_network_in_3d_is_ours(build: Callable[[], torch.nn.Module]) -> None:
+    layers = [layer for layer in build().modules() if isinstance(layer, torch.nn.Conv3d)]
+    assert layers and all(isinstance(layer, Convolution3d) for layer in layers)
+
+
+def test_the_weights_are_those_of_the_network_that_is_made_sound() -> None:
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3, stride=2, padding=1, bias=False), torch.nn.ReLU(), torch.nn.Conv3d(4, 1, 1))
+    image = torch.randn(1, 2, 7, 6, 5)
+    before, names = body(image), list(body.state_dict())
+    assert torch.equal(sound(body)(image), before) and list(body.state_dict()) == names
+
+
+def test_parts_of_scans_hold_a_label_each_and_small_ones_as_often() -> None:
+    torch.manual_seed(0)
+    labels = torch.zeros(1, 30, 20, dtype=torch.long)
+    labels[:, 2:4, 2:4] = 1
+    labels[:, 20:, :] = 2
+    codes = torch.arange(600).reshape(1, 1, 30, 20)
+    parts, theirs = random_patches(codes.expand(300, -1, -1, -1), labels.expand(300, -1, -1), (6, 40))
+    assert parts.shape == (300, 1, 6, 20) and theirs.shape == (300, 6, 20)
+    assert torch.equal(labels.flatten()[parts[:, 0]], theirs)
+    assert 0.23 < float((theirs == 1).flatten(1).any(1).float().mean()) < 0.45  # a third, and what background has by chance
+    unknown = random_patches(codes.expand(200, -1, -1, -1), -torch.ones_like(labels).expand(200, -1, -1), (6, 5))[0]
+    assert len(unknown[:, 0, 0, 0].unique()) > 60  # anywhere
+
+
+def test_windows_give_what_a_network_of_voxels_gives_at_once() -> None:
+    image = torch.randn(1, 1, 21, 17)
+    torch.testing.assert_close(in_windows(lambda x: torch.cat([x, x.square()], 1), image, (8, 30)), torch.cat([image, image.square()], 1))
+
+
+def test_a_network_that_has_seen_parts_of_scans_answers_for_whole_ones(tmp_path: Path) -> None:
+    """Wherever on a larger grid they are; and whole scans are what is standardised."""
+    grid = Grid.from_spacing((40, 36), 2.0)
+    data = cohort(6, 0, grid)
+    settings = SegmenterSettings("unet", patch=(32,))
+    trained = TrainedSegmenter.build(grid, settings, data.codes)
+    log = train_segmenter(
+        trained, labelled(data.images, data.labels, grid, 3), TrainingSettings(60, 1e-2, every=60), folder=tmp_path, validation=data
+    )
+    assert log[-1]["dice"] > 0.95
+    image, labels = disc(31, grid)
+    volume = Volume.from_grid(image, grid)
+    found = trained.probabilities(volume)
+    assert mean_dice(found.argmax(0), labels, (1, 2)) > 0.93
+    read = TrainedSegmenter.load(tmp_path)
+    assert read.settings.patch == (32, 32) and torch.equal(read.probabilities(volume), found)
+    with pytest.raises(ValueError, match="expected a patch of voxels"):
+        SegmenterSettings("probabilistic-unet", patch=(32, 32))
+    with pytest.raises(ValueError, match="expected a patch of one length or 2"):
+        TrainedSegmenter.build(grid, SegmenterSettings(patch=(32, 32, 32)), data.codes)
+
+
 @pytest.mark.parametrize(
-    "settings", [SegmenterSettings("fcn", dropout=0.2), SegmenterSettings("fcn", adversary=0.1), SegmenterSettings("probabilistic-unet")]
+    "settings",
+    [SegmenterSettings("fcn", dropout=0.2, patch=(16, 12)), SegmenterSettings("fcn", adversary=0.1), SegmenterSettings("probabilistic-unet")],
 )
 def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(settings: SegmenterSettings, tmp_path: Path) -> None:
     data = cohort(3)
@@ -419,11 +494,11 @@ def test_an_adversary_is_of_the_training_alone(tmp_path: Path) -> None:
         SegmenterSettings(adversary=-1.0)
 
 
-def test_networks_of_before_there_were_adversaries_and_another_precision_are_read(tmp_path: Path) -> None:
+def test_networks_of_before_there_were_adversaries_another_precision_and_patches_are_read(tmp_path: Path) -> None:
     trained = TrainedSegmenter.build(GRID, SegmenterSettings("fcn"), (0, 1))
     trained.save(tmp_path)
     described = json.loads((tmp_path / "network.json").read_text())
-    del described["adversary"], described["mixed_precision"]
+    del described["adversary"], described["mixed_precision"], described["patch"]
     (tmp_path / "network.json").write_text(json.dumps(described))
     assert TrainedSegmenter.load(tmp_path).settings == trained.settings
 
@@ -615,7 +690,8 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
     assert (corrected["q025"] < corrected["volume_ml"]).all() and (corrected["volume_ml"] < corrected["q975"]).all()
     assert "from the errors of volumes on validation scans" in (tmp_path / "errors" / "s0_report.html").read_text(encoding="utf-8")
     dropped = tmp_path / "dropped"
-    said(*options, "-o", str(dropped), "--dropout", "0.3", "--examples", "contrasts", "--names", str(tmp_path / "names.json"))
+    parts = ("--dropout", "0.3", "--patch", "16,12")
+    said(*options, "-o", str(dropped), *parts, "--examples", "contrasts", "--names", str(tmp_path / "names.json"))
     drawn = tmp_path / "drawn"
     latent = ("--network", "probabilistic-unet", "--adversary", "0.05", "--mixed-precision")
     said(*options, "-o", str(drawn), *latent, "--names", str(tmp_path / "names.json"))
@@ -625,6 +701,15 @@ def test_from_a_table_to_labels_on_the_command_line(tmp_path: Path) -> None:
             said(*asked)
         volumes = pd.read_csv(tmp_path / run.name / "out" / "s0_volumes.tsv", sep="\t")
         assert (volumes["q025"] < volumes["q975"]).all()
+
+
+def test_patches_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
+    options = ("train", "segmentation", "--data", str(write_table(tmp_path, 2)), "-o", str(tmp_path / "run"), "--device", "cpu", "--patch")
+    for text in ("16,", "a", "0", "-3", ""):
+        assert "expected voxels such as 64 or 32,48,32" in said(*options, text, code=2)
+    assert "leave out --patch" in said(*options, "16", "--network", "probabilistic-unet", code=2)
+    assert "has scans of 2 axes, and the patch 3 lengths" in said(*options, "8,8,8", code=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_entropy_is_that_of_the_mean_of_several_answers_on_the_scan_s_own_voxels(tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ class Examples(str, Enum):
     carried = "carried"
 
 
+def _lengths(patch: str | None, network: Network) -> tuple[int, ...] | None:
+    """Of a patch: "64", or "32,48,32"."""
+    if patch is None:
+        return None
+    if network is Network.probabilistic_unet:
+        raise typer.BadParameter("probabilistic-unet has one latent for a whole scan: leave out --patch", param_hint="--patch")
+    if not all(part.isdecimal() and int(part) for part in patch.split(",")):
+        raise typer.BadParameter(f"expected voxels such as 64 or 32,48,32, got {patch!r}", param_hint="--patch")
+    return tuple(int(part) for part in patch.split(","))
+
+
 def segmentation(
     data: Annotated[
         Path,
@@ -78,6 +89,12 @@ def segmentation(
     augment: Annotated[bool, typer.Option(help="Change shape and appearance of examples at random.")] = True,
     dropout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of features that training leaves out.")] = 0.0,
     adversary: Annotated[float, typer.Option(min=0, help="Weight of a discriminator of label maps; 0 trains none.")] = 0.0,
+    patch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N,N]", help="Voxels along each axis of the part of a scan that a step sees, where one is too large; whole scans by default."
+        ),
+    ] = None,
     spacing: Annotated[float | None, typer.Option(min=0.01, help="Of the network's grid, mm; the finest scan's by default.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Scans a step.")] = 2,
@@ -112,6 +129,7 @@ def segmentation(
 
         probmed segment scan.nii.gz --model run -o out
     """
+    lengths = _lengths(patch, network)
     with progress.in_one_line(str(data), debug) as made:
         check_device(device)
         parts, named = _parts(data, out, examples, fold, cross_validate), {} if names is None else read_names(names)
@@ -125,7 +143,7 @@ def segmentation(
         for folder in parts:
             made[:0] = make_folder(folder)  # innermost first, all of them
         run = runs.SegmenterRun(
-            supervision.SegmenterSettings(network.value, dropout, adversary=adversary, mixed_precision=mixed_precision),
+            supervision.SegmenterSettings(network.value, dropout, adversary=adversary, mixed_precision=mixed_precision, patch=lengths),
             training_of.TrainingSettings(steps, learning_rate, schedule.value, seed=seed, every=every),
             *(examples.value, sets.Augmentation() if augment else None, batch, spacing, named),
         )

@@ -75,6 +75,9 @@ class SegmenterRun:
         tell("reading", 0.0)
         cohort, grid = read_cohort(table, source, self.spacing_mm, least=1)
         self._check_labels(cohort, source)
+        if self.settings.patch is not None and len(self.settings.patch) not in (1, grid.ndim):
+            remedy = f"give the patch one length, or {grid.ndim}"
+            raise UnusableInput(source, f"has scans of {grid.ndim} axes, and the patch {len(self.settings.patch)} lengths", remedy)
         checked = None if held is None else read_cohort(held, source, grid=grid, codes=cohort.codes, least=1)[0].to(fabric.device)
         examples = self._examples(table, source, cohort, grid, folder, fabric.device, tell)
         trained = TrainedSegmenter.build(grid, self.settings, cohort.codes, {**names_of(table, source), **self.names}, self.training.seed)

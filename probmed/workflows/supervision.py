@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from probmed.volumes import UnusableInput, Volume
 from probmed.workflows.amortisation import Cohort, brought
 from probmed.workflows.cohorts import own_world
 from probmed.workflows.network_folders import read_network, read_weights, write_network
+from probmed.workflows.patches import in_windows, random_patches
 from probmed.workflows.training_sets import Examples, Resolution, drawn_from
 from probmed.workflows.volume_errors import VolumeErrors
 
@@ -45,6 +46,8 @@ class SegmenterSettings:
         overlap: weight of the soft Dice beside the cross-entropy; the probabilistic U-Net has none.
         adversary: weight of how improbable a discriminator finds that the network's label map is a true one; 0 trains none.
         mixed_precision: the network in bfloat16, its loss and its parameters not.
+        patch: voxels along each axis, or one number for all, of the part of a scan that a step of training sees, and of the windows that answers are
+            put together from; None for whole scans, which the probabilistic U-Net needs: its latent is one of the whole scan.
     """
 
     network: str = "unet"
@@ -52,6 +55,7 @@ class SegmenterSettings:
     overlap: float = 1.0
     adversary: float = 0.0
     mixed_precision: bool = False
+    patch: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
@@ -59,6 +63,8 @@ class SegmenterSettings:
         if not 0 <= self.dropout < 1 or min(self.overlap, self.adversary) < 0:
             found = f"{self.dropout}, {self.overlap} and {self.adversary}"
             raise ValueError(f"expected 0 <= dropout < 1, overlap >= 0 and adversary >= 0, got {found}")
+        if self.patch is not None and (min(self.patch, default=0) < 1 or self.network == "probabilistic-unet"):
+            raise ValueError(f"expected a patch of voxels along each axis, of a network without a latent, got {self.patch} of {self.network!r}")
 
 
 @dataclass
@@ -87,8 +93,12 @@ class TrainedSegmenter:
         """Untrained; same seed, same weights.
 
         Raises:
-            ValueError: for fewer than two labels, the background among them.
+            ValueError: for fewer than two labels, the background among them, or a patch of another dimension than the grid.
         """
+        if settings.patch is not None:
+            if len(settings.patch) not in (1, grid.ndim):
+                raise ValueError(f"expected a patch of one length or {grid.ndim}, got {settings.patch}")
+            settings = replace(settings, patch=settings.patch * (grid.ndim // len(settings.patch)))
         if len(codes) < 2 or codes[0] != 0:
             raise ValueError(f"expected the background and one label or more, got {tuple(codes)}")
         with torch.random.fork_rng(devices=[]):
@@ -121,22 +131,28 @@ class TrainedSegmenter:
         return self._logits(self.network, images)
 
     def _logits(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        seen, patch = standardised(images), self.settings.patch
         with self.autocast:
-            return network(standardised(images)).to(images.dtype)
+            return (network(seen) if patch is None else in_windows(network, seen, patch)).to(images.dtype)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Of images and labels, −1 where they are not known."""
         images, labels = (x.to(self.device) for x in batch)
+        images = standardised(images)  # as a whole, also where a part is seen
+        if self.settings.patch is not None:
+            images, labels = random_patches(images, labels, self.settings.patch)
         known = labels >= 0
         truth = one_hot(labels, len(self.codes))
         if isinstance(self.network, ProbabilisticUNet):
             with self.autocast:
-                logits, divergence = self.network.fitted(standardised(images), truth)
-            logits = logits.to(images.dtype)
+                logits, divergence = self.network.fitted(images, truth)
             # The evidence's bound in nats, over the voxels. Soft Dice would count as a nat for each voxel, and the divergence beside it for nothing.
             overlap, rest = 0.0, self.network.divergence_weight() * divergence.sum() / known.sum().clamp_min(1)
         else:
-            logits, overlap, rest = self.logits(images), self.settings.overlap, images.new_zeros(())
+            with self.autocast:
+                logits = self.network(images)
+            overlap, rest = self.settings.overlap, images.new_zeros(())
+        logits = logits.to(images.dtype)
         p = logits.softmax(1)
         value = functional.cross_entropy(logits, labels.masked_fill(~known, -100), ignore_index=-100) + rest
         if overlap:
@@ -220,8 +236,9 @@ class TrainedSegmenter:
             UnusableInput: where there is no trained segmentation network.
         """
         with read_network(folder, "segmentation") as found:
-            # Networks of before there were adversaries have none, nor errors of volumes, nor another precision.
-            described = {"adversary": 0.0, "mixed_precision": False, **found}
+            # Networks of before there were adversaries have none, nor errors of volumes, another precision or patches.
+            described = {"adversary": 0.0, "mixed_precision": False, "patch": None, **found}
+            described["patch"] = described["patch"] and tuple(described["patch"])  # a list in the file
             settings = SegmenterSettings(**{f.name: described[f.name] for f in fields(SegmenterSettings)})
             grid = Grid.from_spacing(described["shape"], described["spacing_mm"])
             trained = cls.build(grid, settings, described["codes"], {int(code): name for code, name in described["names"].items()})
