@@ -210,9 +210,20 @@ def test_parts_of_scans_hold_a_label_each_and_small_ones_as_often() -> None:
     assert len(unknown[:, 0, 0, 0].unique()) > 60  # anywhere
 
 
-def test_windows_give_what_a_network_of_voxels_gives_at_once() -> None:
-    image = torch.randn(1, 1, 21, 17)
-    torch.testing.assert_close(in_windows(lambda x: torch.cat([x, x.square()], 1), image, (8, 30)), torch.cat([image, image.square()], 1))
+@pytest.mark.parametrize(("rows", "windows"), [(slice(0, 21), 5), (slice(3, 10), 1), (slice(14, 20), 1), (slice(0, 0), 5)])
+def test_windows_give_what_a_network_of_voxels_gives_at_once(rows: slice, windows: int) -> None:
+    """Where anything is known; and windows go nowhere else."""
+    image, known, seen = torch.randn(1, 1, 21, 17), torch.zeros(21, 17, dtype=torch.bool), []
+    known[rows] = True
+
+    def network(x: Tensor) -> Tensor:
+        seen.append(x.shape)
+        return torch.cat([x, x.square()], 1)
+
+    found = in_windows(network, image, (8, 30), known)
+    assert found.shape == (1, 2, 21, 17)
+    torch.testing.assert_close(found[:, :, rows], torch.cat([image, image.square()], 1)[:, :, rows])
+    assert sum(shape[0] for shape in seen) == windows and {tuple(shape[2:]) for shape in seen} == {(8, 17)}
 
 
 def test_a_network_that_has_seen_parts_of_scans_answers_for_whole_ones(tmp_path: Path) -> None:
@@ -826,15 +837,18 @@ def test_a_scan_without_any_label_has_a_report() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_shapes_are_learned_from_label_maps_and_segment_scans_on_the_command_line(sign: float, tmp_path: Path) -> None:
-    """Of either contrast, for no scan is seen in training."""
+@pytest.mark.parametrize(("sign", "read"), [(1.0, False), (-1.0, False), (1.0, True)])
+def test_shapes_are_learned_from_label_maps_and_segment_scans_on_the_command_line(sign: float, read: bool, tmp_path: Path) -> None:
+    """Of either contrast, where no scan is seen in training; and with a reader of shapes that was trained on scans without labels."""
     path = write_table(tmp_path, 12)
-    table = pd.read_csv(path, sep="\t").drop(columns="scan").assign(fold=[1, 1, *[2] * 10])
+    whole = pd.read_csv(path, sep="\t")
+    table = whole.drop(columns="scan").assign(fold=[1, 1, *[2] * 10])
     table.to_csv(path, sep="\t", index=False)
+    whole[["scan"]].iloc[:8].to_csv(tmp_path / "unlabelled.tsv", sep="\t", index=False)
     (tmp_path / "names.json").write_text('{"7": "ring", "14": "the core"}')
     run = tmp_path / "run"
     options = ["train", "shapes", "--data", str(path), "--names", str(tmp_path / "names.json"), "-o", str(run), "--steps", "200", "--codes", "4"]
+    options += ["--scans", str(tmp_path / "unlabelled.tsv"), "--reader-steps", "30"] if read else []
     assert "of those left out" in said(*options, "--fold", "1")
     assert "holds a run already" in said(*options, code=2)
     image, labels = disc(30)
