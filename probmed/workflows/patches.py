@@ -51,6 +51,6 @@ def in_windows(network: Callable[[Tensor], Tensor], images: Tensor, size: Sequen
         end = max(last + 1, begin + length)
         box.append(slice(begin, end))
         margins[:0] = [begin, whole - end]
-    part = images[(Ellipsis, *box)]
+    part = images[(slice(None), slice(None), *box)]
     found: Tensor = sliding_window_inference(part, size, _WINDOWS, network, overlap=_OVERLAP, mode="gaussian")  # type: ignore[assignment]
     return functional.pad(found, margins, mode="replicate")
