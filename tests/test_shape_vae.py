@@ -564,9 +564,12 @@ def test_saved_shapes_are_the_same(tmp_path: Path) -> None:
     assert again.grid == first.grid
     described = json.loads((tmp_path / "shapes.json").read_text())
     (tmp_path / "shapes.json").write_text(json.dumps(described | {"system": "segmentation"}))
-    with pytest.raises(UnusableInput, match="no shape prior"):
+    with pytest.raises(UnusableInput, match="is of a network for segmentation, not shapes"):
         TrainedShapes.load(tmp_path)
-    with pytest.raises(UnusableInput, match="no shape prior"):
+    (tmp_path / "shapes.json").write_text(json.dumps(described | {"format": 9}))
+    with pytest.raises(UnusableInput, match="has format 9"):
+        TrainedShapes.load(tmp_path)
+    with pytest.raises(UnusableInput, match="holds no shapes network"):
         TrainedShapes.load(tmp_path / "nowhere")
 
 

@@ -932,7 +932,7 @@ def test_shapes_that_cannot_be_trained_or_used_get_one_line(tmp_path: Path) -> N
     weights = tmp_path / "run" / "shapes.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     line = said("segment", str(tmp_path / "s0.nii.gz"), "--model", str(tmp_path / "run"), "-o", str(tmp_path / "out"), code=2)
-    assert "holds no shape prior that can be read" in line and not (tmp_path / "out").exists()
+    assert "is no file of weights that can be read" in line and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_cross_validated_gets_one_line(tmp_path: Path) -> None:

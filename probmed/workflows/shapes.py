@@ -8,24 +8,20 @@ scan's own voxels.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
 import torch
 from pyro import poutine
 from pyro.distributions import Normal
 from pyro.infer import TraceMeanField_ELBO
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-import probmed
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import LabelAtlas
 from probmed.distributions import LabelMixture
@@ -38,11 +34,13 @@ from probmed.models.shape_vae import ImageShapeGuide, ShapeGuide, ShapeVAE, chec
 from probmed.priors import FixedAtlas
 from probmed.shape_networks import ShapeDecoder, ShapeEncoder
 from probmed.transforms import warp
-from probmed.volumes import UnusableInput, Volume, atomic_write, read_labels, read_scan, scaled
+from probmed.volumes import UnusableInput, Volume, read_labels, read_scan, scaled
 from probmed.workflows.amortisation import brought
 from probmed.workflows.cohorts import common_grid, own_world
+from probmed.workflows.network_folders import read_network, read_weights, write_network
 from probmed.workflows.training_sets import Augmentation
 
+_SYSTEM = "shapes"
 _TOGETHER = 4  # codes whose labels are found at once; one takes as long
 _TRIED = 5  # part of the steps that both starts take
 _UNSEEN = 0.5  # label maps that have each label at each voxel, beside those of the table
@@ -191,12 +189,9 @@ class TrainedShapes:
 
     def save(self, folder: Path) -> None:
         """``shapes.safetensors`` and ``shapes.json``."""
-        with atomic_write(folder / "shapes.safetensors") as path:
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in self._modules().state_dict().items()}, path)
-        described = {"probmed": probmed.__version__, "system": "shapes", **asdict(self.settings)}
-        described |= {"shape": self.grid.shape, "spacing_mm": self.grid.spacing, "label_codes": self.codes, "names": self.shapes.names}
-        with atomic_write(folder / "shapes.json") as path:
-            path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        described = {**asdict(self.settings), "shape": self.grid.shape, "spacing_mm": self.grid.spacing}
+        described |= {"label_codes": self.codes, "names": self.shapes.names}
+        write_network(folder, self._modules(), _SYSTEM, described, _SYSTEM)
 
     @classmethod
     def load(cls, folder: Path) -> TrainedShapes:
@@ -204,18 +199,12 @@ class TrainedShapes:
         Raises:
             UnusableInput: where there is no trained shape prior.
         """
-        try:
-            described: dict[str, Any] = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
-            if described["system"] != "shapes":
-                raise ValueError(f"it is a system of {described['system']}")
+        with read_network(folder, _SYSTEM, _SYSTEM) as described:
             settings = ShapeSettings(**{f.name: described[f.name] for f in fields(ShapeSettings)})
             grid = Grid.from_spacing(described["shape"], described["spacing_mm"])
-            weights = load_file(folder / "shapes.safetensors")
-            trained = cls.build(grid, settings, described["label_codes"], described["names"], weights["shapes.location"])
-            trained._modules().to(trained.log_atlas.dtype).load_state_dict(weights)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            fault = f"holds no shape prior that can be read ({error})"
-            raise UnusableInput(folder, fault, "give a folder that `probmed train shapes` or `TrainedShapes.save` has written") from error
+            codes = described["label_codes"]
+            trained = cls.build(grid, settings, codes, described["names"], torch.zeros(len(codes), *grid.shape))
+        read_weights(folder, trained._modules(), _SYSTEM)
         return trained
 
     def _modules(self) -> nn.ModuleDict:
