@@ -30,7 +30,7 @@ from benchmarks.tissue import data_folder
 from probmed.grids import Grid, sample
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import boundary_band, brier_score, calibration_error, dice, negative_log_likelihood, paired_bootstrap, surface_distances
-from probmed.report.palette import ACCENT, FAINT, distinct
+from probmed.report.palette import ACCENT, distinct
 from probmed.report.panels import bare_axes, blank_figure
 from probmed.volumes import Volume, read_labels, read_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
@@ -55,8 +55,6 @@ SHAPE_STEPS, SHAPE_SPACING = 600, 1.5
 REFINED = 40  # gradient steps on a scan's shape
 FEW = {SHAPES: 6}  # test scans, the first ones, where a scan takes long
 FULL = "U-Net, all labels"
-LONG = 3000  # steps of some networks
-LONGER = f" ({LONG} steps)"
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def labelled_table(paths: Sequence[Path]) -> pd.DataFrame:
 
 LEARNED = "one label, learned transforms and augmentation"
 CARRIED_LABELS = f"one label, carried to {CARRIED} scans"
-METHODS: dict[str, Method] = {
+METHODS: Mapping[str, Method] = {
     FULL: Method(lambda data: data.supervised(None), calibrated=True),
     LEARNED: Method(lambda data: data.drawn("principal", "principal", Augmentation())),
     CARRIED_LABELS: Method(lambda data: data.carried()),
@@ -183,7 +181,6 @@ METHODS: dict[str, Method] = {
     "one label, random contrasts": Method(lambda data: data.contrasts(1)),
     "all labels, random contrasts": Method(lambda data: data.contrasts(None)),
 }
-METHODS |= {f"{name}{LONGER}": replace(METHODS[name], steps=LONG) for name in (FULL, CARRIED_LABELS, LEARNED)}
 """Augmentation is that of all supervised networks."""
 
 
@@ -199,7 +196,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
                 if data.test:
                     print(f"{name:50s} {statistics.fmean(row['dice'] for row in rows if row['method'] == name):.4f}", flush=True)
     settings: dict[str, Any] = {"steps": STEPS, "batch": BATCH, "learning_rate": RATE, "unlabelled": UNLABELLED, "carried": CARRIED}
-    settings |= {"patch": PATCH, "longer": LONG, "threads": threads, "scans": len(data.order)}
+    settings |= {"patch": PATCH, "threads": threads, "scans": len(data.order)}
     return Table("few_labels", rows, summarise(rows), notes(rows), settings, seed, figure(rows, len(data.order)) if rows else None)
 
 
@@ -402,19 +399,17 @@ def figure(rows: Sequence[Row], everything: int) -> Figure:
     of = {name: torch.tensor([row["dice"] for row in rows if row["method"] == name]) for name in dict.fromkeys(row["method"] for row in rows)}
     bands = {name: band(values) for name, values in of.items()}
     counts = {name: int(found.group(1)) for name in of if (found := re.match(r"U-Net, (\d+) label", name))}
-    counts |= dict.fromkeys(sorted({FULL, FULL + LONGER} & of.keys()), everything)
-    for longer, shade in ((False, ACCENT), (True, FAINT)):
-        order = sorted((name for name in counts if name.endswith(LONGER) == longer), key=lambda name: counts[name])
-        if order:
-            x = [counts[name] for name in order]
-            axis.fill_between(x, [bands[n][0] for n in order], [bands[n][2] for n in order], color=shade, alpha=0.2, lw=0)
-            axis.plot(x, [bands[n][1] for n in order], "o-", color=shade, label=f"U-Net, with augmentation, {LONG if longer else STEPS} steps")
-    others = [name for name in of if name not in counts and not name.endswith(LONGER)]
+    counts |= dict.fromkeys({FULL} & of.keys(), everything)
+    order = sorted(counts, key=lambda name: counts[name])
+    x = [counts[name] for name in order]
+    if order:
+        axis.fill_between(x, [bands[n][0] for n in order], [bands[n][2] for n in order], color=ACCENT, alpha=0.2, lw=0)
+        axis.plot(x, [bands[n][1] for n in order], "o-", color=ACCENT, label="U-Net, with augmentation")
+    others = [name for name in of if name not in counts]
     for name, colour in zip(others, distinct(len(others)), strict=True):
         low, middle, high = bands[name]
         axis.axhspan(low, high, color=colour, alpha=0.12, lw=0)
         axis.axhline(middle, color=colour, lw=1.3, label=name)
-    x = sorted(set(counts.values()))
     axis.set_xscale("log")
     axis.set_xticks(x, [str(count) for count in x])
     axis.minorticks_off()

@@ -26,10 +26,12 @@ def random_patches(images: Tensor, labels: Tensor, size: Sequence[int]) -> tuple
     size = [min(own, whole) for own, whole in zip(size, shape, strict=True)]
     parts = []
     for image, own in zip(images, labels, strict=True):
-        present = own[own >= 0].unique()
+        present = (own.flatten().clamp_min(-1) + 1).bincount()[1:].nonzero()[:, 0]
         wanted = own == present[torch.randint(len(present), ())] if len(present) else torch.ones_like(own, dtype=torch.bool)
-        middle = wanted.nonzero()[torch.randint(int(wanted.sum()), ())].tolist()
-        begin = [min(max(m - n // 2, 0), whole - n) for m, n, whole in zip(middle, size, shape, strict=True)]
+        # Which of them by a running count: their places would be three numbers for each voxel of a whole head.
+        rank = torch.randint(int(wanted.sum()), (), device=own.device) + 1
+        middle = torch.unravel_index(torch.searchsorted(wanted.flatten().cumsum(0), rank), shape)
+        begin = [min(max(int(m) - n // 2, 0), whole - n) for m, n, whole in zip(middle, size, shape, strict=True)]
         part = (..., *(slice(b, b + n) for b, n in zip(begin, size, strict=True)))
         parts.append((image[part], own[part]))
     return torch.stack([image for image, _ in parts]), torch.stack([own for _, own in parts])
