@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from benchmarks.few_labels import CARRIED_LABELS, FULL, REGISTRATION, SHAPES
 from benchmarks.tables import Log, Table
-from benchmarks.uncertainty import CONTRASTS, ENSEMBLE, FEW, answers, summarise
+from benchmarks.uncertainty import CONTRASTS, ENSEMBLE, FEW, SCANS, answers, summarise
 
 METHODS = (
     *(REGISTRATION, SHAPES, CARRIED_LABELS, "one label, random contrasts", "all labels, random contrasts"),
@@ -20,4 +20,4 @@ METHODS = (
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Ask every method about the scans as they are, inverted, and as in T2."""
     rows = answers(log, limit, METHODS, CONTRASTS, only, threads, seed)
-    return Table("contrast", rows, summarise(rows, CONTRASTS), "", {"threads": threads, "fewer_scans": FEW}, seed)
+    return Table("contrast", rows, summarise(rows, CONTRASTS), "", {"threads": threads, "scans": {"most": SCANS, **FEW}}, seed)

@@ -41,7 +41,8 @@ from probmed.simulation.contrasts import stream
 from probmed.volumes import Volume, read_scan, scaled
 from probmed.workflows.supervision import SegmenterSettings
 
-FEW = {SHAPES: 6}  # test scans, the first ones, where a scan takes a minute
+SCANS = 27  # test scans, the first half
+FEW = {SHAPES: 6}  # where a scan takes a minute
 SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
@@ -128,7 +129,7 @@ def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
 
 def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: int) -> Table:
     """Ask every method about every change of the test scans."""
-    settings = {"threads": threads, "fewer_scans": FEW, "members": MEMBERS, "passes": PASSES}
+    settings = {"threads": threads, "scans": {"most": SCANS, **FEW}, "members": MEMBERS, "passes": PASSES}
     rows = answers(log, limit, MEASURED, SHIFTS, only, threads, seed)
     return Table("uncertainty", rows, summarise(rows, SHIFTS), "", settings, seed)
 
@@ -136,7 +137,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
 def answers(
     log: Log, limit: int | None, names: Sequence[str], shifts: Iterable[str], only: Sequence[str], threads: int, seed: int
 ) -> list[Row]:
-    """A row for each method, change and test scan; for some methods the first ones."""
+    """A row for each method, change and test scan; of the first ones."""
     torch.set_num_threads(threads)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -144,7 +145,7 @@ def answers(
         for name in names:
             if only and not any(word in name for word in only):
                 continue
-            paths = data.test[: FEW.get(name)]
+            paths = data.test[: FEW.get(name, SCANS)]
             keys = {f"{name}/{shift}/{path.name[12:15]}": (shift, path) for shift in shifts for path in paths}
             if any(key not in log.rows for key in keys):
                 answer = several(data, name, seed)

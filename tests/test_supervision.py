@@ -210,20 +210,15 @@ def test_parts_of_scans_hold_a_label_each_and_small_ones_as_often() -> None:
     assert len(unknown[:, 0, 0, 0].unique()) > 60  # anywhere
 
 
-@pytest.mark.parametrize(("rows", "windows"), [(slice(0, 21), 5), (slice(3, 10), 1), (slice(14, 20), 1), (slice(0, 0), 5)])
-def test_windows_give_what_a_network_of_voxels_gives_at_once(rows: slice, windows: int) -> None:
-    """Where anything is known; and windows go nowhere else."""
-    image, known, seen = torch.randn(1, 1, 21, 17), torch.zeros(21, 17, dtype=torch.bool), []
-    known[rows] = True
+def test_windows_give_what_a_network_of_voxels_gives_at_once() -> None:
+    image, seen = torch.randn(1, 1, 21, 17), []
 
     def network(x: Tensor) -> Tensor:
         seen.append(x.shape)
         return torch.cat([x, x.square()], 1)
 
-    found = in_windows(network, image, (8, 30), known)
-    assert found.shape == (1, 2, 21, 17)
-    torch.testing.assert_close(found[:, :, rows], torch.cat([image, image.square()], 1)[:, :, rows])
-    assert sum(shape[0] for shape in seen) == windows and {tuple(shape[2:]) for shape in seen} == {(8, 17)}
+    torch.testing.assert_close(in_windows(network, image, (8, 30)), torch.cat([image, image.square()], 1))
+    assert sum(shape[0] for shape in seen) == 5 and {tuple(shape[2:]) for shape in seen} == {(8, 17)}  # every fourth row, and the last
 
 
 def test_a_network_that_has_seen_parts_of_scans_answers_for_whole_ones(tmp_path: Path) -> None:

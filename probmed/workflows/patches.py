@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
-from torch.nn import functional
 
 _WINDOWS = 4  # at once
 _OVERLAP = 0.5  # of neighbouring windows, of their length
@@ -37,22 +36,11 @@ def random_patches(images: Tensor, labels: Tensor, size: Sequence[int]) -> tuple
     return torch.stack([image for image, _ in parts]), torch.stack([own for _, own in parts])
 
 
-def in_windows(network: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int], known: Tensor) -> Tensor:
+def in_windows(network: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int]) -> Tensor:
     """What a network makes of images ``(B, C, *shape)`` in windows that overlap by half, means weighted by a Gaussian about each window's middle.
 
-    Arguments:
-        size: of a window, voxels along each axis. known: where anything is known, ``(*shape)`` bool; beyond the box about that, what is at its edge.
+    They go also where nothing is known: networks that normalise over what they see have seen such margins in training.
     """
-    shape, places = known.shape, known.nonzero()
-    size = [min(own, whole) for own, whole in zip(size, shape, strict=True)]
-    box: list[slice] = []
-    margins: list[int] = []
-    for axis, (length, whole) in enumerate(zip(size, shape, strict=True)):
-        first, last = (int(places[:, axis].min()), int(places[:, axis].max())) if len(places) else (0, whole - 1)
-        begin = min(first, whole - length)
-        end = max(last + 1, begin + length)
-        box.append(slice(begin, end))
-        margins[:0] = [begin, whole - end]
-    part = images[(slice(None), slice(None), *box)]
-    found: Tensor = sliding_window_inference(part, size, _WINDOWS, network, overlap=_OVERLAP, mode="gaussian")  # type: ignore[assignment]
-    return functional.pad(found, margins, mode="replicate")
+    size = [min(own, whole) for own, whole in zip(size, images.shape[2:], strict=True)]
+    found: Tensor = sliding_window_inference(images, size, _WINDOWS, network, overlap=_OVERLAP, mode="gaussian")  # type: ignore[assignment]
+    return found

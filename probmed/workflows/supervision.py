@@ -133,8 +133,7 @@ class TrainedSegmenter:
     def _logits(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         seen, patch = standardised(images), self.settings.patch
         with self.autocast:
-            found = network(seen) if patch is None else in_windows(network, seen, patch, ~images.isnan().all(1).all(0))
-            return found.to(images.dtype)
+            return (network(seen) if patch is None else in_windows(network, seen, patch)).to(images.dtype)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Of images and labels, −1 where they are not known."""
