@@ -37,14 +37,22 @@ from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.growth import Registered, Registrations
 from probmed.workflows.one_shot import Estimates, carried, coupled, estimate, learned
 from probmed.workflows.registration import RegistrationSettings, places, register
-from probmed.workflows.shapes import ShapeSettings, TrainedShapes, fit_shapes, read_label_maps, segment_with_shapes
+from probmed.workflows.shapes import (
+    ShapeSettings,
+    TrainedShapes,
+    fit_background,
+    fit_shapes,
+    read_label_maps,
+    read_unlabelled,
+    segment_with_shapes,
+)
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
 from probmed.workflows.training_sets import Augmentation, Examples, completed, labelled, on_grid, one_shot, random_contrast, regions_of
 from probmed.workflows.volume_errors import VolumeErrors
 
 STEPS, BATCH, RATE = 1000, 2, 2e-3
 PATCH = (32, 48, 32)  # voxels of a scan that a step sees, of some 35 × 50 × 36
-UNLABELLED = 60  # scans that learned transforms are estimated from
+UNLABELLED = 60  # scans that learned transforms, and the background of shapes, are estimated from
 CARRIED = 60  # scans that the labels of one are carried to
 DRAWS = 20  # of a registration's posterior
 BAND_MM = 3.0  # about the true border, where calibration is judged
@@ -138,7 +146,7 @@ class Data:
 
     @cached_property
     def shapes(self) -> TrainedShapes:
-        """Learned from label maps, without a scan, and kept."""
+        """Learned from label maps, the background's tissues from scans without labels, and kept."""
         place = self.kept / "shapes"
         if not (place / "shapes.json").exists():
             place.mkdir(exist_ok=True)
@@ -147,7 +155,12 @@ class Data:
             training = TrainingSettings(SHAPE_STEPS, RATE, every=SHAPE_STEPS // 6)
             names = ("background", "anterior", "posterior")
             fit_shapes(maps.labels, maps.grid, maps.codes, names, ShapeSettings(), training, batch=8, augmentation=change, folder=place)
-        return TrainedShapes.load(place)
+        trained = TrainedShapes.load(place)
+        if trained.parts is None:
+            table = labelled_table(self.order[1 : 1 + UNLABELLED])[["scan"]]
+            fit_background(trained, *read_unlabelled(table, data_folder() / "table.tsv", trained.grid.ndim))
+            trained.save(place)
+        return trained
 
 
 @dataclass(frozen=True)
@@ -254,8 +267,7 @@ def registered(data: Data) -> Answer:
 
 
 def shaped(data: Data) -> Answer:
-    model = data.shapes.model()
-    return lambda volume: segment_with_shapes(data.shapes, volume, model=model, steps=REFINED).probabilities
+    return lambda volume: segment_with_shapes(data.shapes, volume, steps=REFINED, draws=DRAWS).draws
 
 
 @dataclass(frozen=True)

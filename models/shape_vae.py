@@ -45,12 +45,15 @@ class ShapeVAE(LabelPrior):
         location: log T, ``(K, *grid.shape)``, added to the logits; None for none.
         deformation: from the world of the scan to the grid's; None for the identity.
         floor: added to every probability before they are normalised again.
+        parts: log shares of the parts that the first label is made of, such as the tissues of a background, at each voxel, ``(P, *grid.shape)``. They
+            are labels of images, in the place of the first: K − 1 + P of them. None for one label that is one.
 
     Raises:
-        ValueError: for a location prior of another shape, or no codes.
+        ValueError: for a location prior or parts of another shape, or no codes.
     """
 
     location: Tensor | None
+    parts: Tensor | None
 
     def __init__(
         self,
@@ -61,23 +64,30 @@ class ShapeVAE(LabelPrior):
         location: Tensor | None = None,
         deformation: DeformationPrior | None = None,
         floor: float = FLOOR,
+        parts: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if parts is not None and tuple(parts.shape[1:]) != grid.shape:
+            raise ValueError(f"expected parts of shape (P, {', '.join(map(str, grid.shape))}), got {tuple(parts.shape)}")
         expected = (len(names), *grid.shape)
         if location is not None and tuple(location.shape) != expected:
             raise ValueError(f"expected a location prior of shape {expected}, got {tuple(location.shape)}")
         if codes < 1 or floor < 0:
             raise ValueError(f"expected one code or more and floor >= 0, got {codes} and {floor}")
-        self.names, self.grid, self.decoder, self.codes = tuple(names), grid, decoder, codes
+        first = (names[0],) if parts is None else tuple(f"{names[0]} {number + 1}" for number in range(len(parts)))
+        self.names, self.grid, self.decoder, self.codes = (*first, *names[1:]), grid, decoder, codes
         self.deformation, self.floor = deformation, floor
         self.register_buffer("location", location)
+        self.register_buffer("parts", parts)
 
     def decode(self, code: Tensor) -> Tensor:
         """log p(S_v = k | z) on the prior's own grid: ``(*batch, L)`` → ``(*batch, K, *grid.shape)``."""
         logits: Tensor = self.decoder(code.reshape(-1, self.codes))
         if self.location is not None:
             logits = logits + self.location
-        found = torch.log((logits.softmax(1) + self.floor) / (1 + len(self.names) * self.floor)) if self.floor else logits.log_softmax(1)
+        found = torch.log((logits.softmax(1) + self.floor) / (1 + logits.shape[1] * self.floor)) if self.floor else logits.log_softmax(1)
+        if self.parts is not None:
+            found = torch.cat([found[:, :1] + self.parts, found[:, 1:]], 1)
         return found.reshape(*code.shape[:-1], *found.shape[1:])
 
     def forward(self, grid: Grid | MaskedGrid) -> Tensor:
@@ -92,6 +102,14 @@ class ShapeVAE(LabelPrior):
             points = points.expand(len(log_labels), *points.shape)
         # Means of probabilities, as of an atlas's: means of their logarithms would not sum to one.
         return sample(log_labels.exp(), self.grid, points, fill="edge").log()
+
+    def whole(self, probabilities: Tensor) -> Tensor:
+        """Of parts together, ``(*batch, K - 1 + P, *shape)`` → ``(*batch, K, *shape)``."""
+        if self.parts is None:
+            return probabilities
+        label, count = -self.grid.ndim - 1, len(self.parts)
+        first, others = probabilities.split([count, probabilities.shape[label] - count], label)
+        return torch.cat([first.sum(label, keepdim=True), others], label)
 
     def motion(self, state: Mapping[str, Tensor], grid: Grid | MaskedGrid) -> Motion | None:
         """
@@ -189,7 +207,7 @@ class ImageShapeGuide(PyroModule):
     def distribution(self, state: dict[str, Tensor], image: Tensor, grid: Grid) -> Normal:
         """q(z | I), ``(L,)``, from ``start``'s latents."""
         with poutine.block():
-            posterior, own = self.model[0].label_posterior(state, image, grid), self.guide.grid
+            posterior, own = self.model[0].labels.whole(self.model[0].label_posterior(state, image, grid)), self.guide.grid
         if grid != own:
             posterior = sample(posterior, grid, own.coordinates(posterior.dtype, posterior.device), fill="edge")
         return self.guide.distribution(posterior)

@@ -124,6 +124,13 @@ def tiny_shapes() -> ShapeVAE:
     return ShapeVAE(atlas.names, atlas.grid, decoder, 2, atlas.probabilities.to(torch.get_default_dtype()).log())
 
 
+def parted_shapes() -> ShapeVAE:
+    """The first label in two parts."""
+    plain = tiny_shapes()
+    parts = torch.stack([torch.linspace(-2, 2, plain.grid.numel), torch.zeros(plain.grid.numel)]).log_softmax(0).reshape(2, *plain.grid.shape)
+    return ShapeVAE(plain.names, plain.grid, plain.decoder, plain.codes, plain.location, parts=parts)
+
+
 def deformable_shapes() -> ShapeVAE:
     """Shapes moved by an affine map after a velocity."""
     plain = tiny_shapes()
@@ -370,6 +377,7 @@ def _components() -> dict[str, Case]:
             appearance, log_prior(channels), APPEARANCE_SITES, plates=True
         )
     cases["ShapeVAE_deformable"] = Case(deformable_shapes, on_grid(), frozenset({"shape_code", "affine", "velocity"}))
+    cases["ShapeVAE_parts"] = Case(parted_shapes, on_grid(), frozenset({"shape_code"}))
     cases["NetworkPrior"] = Case(lambda: NetworkPrior(NAMES, tiny_atlas().probabilities, tiny_atlas().grid), on_grid(), frozenset())
     cases["LikelihoodRatio"] = Case(tiny_ratio, log_prior_alone, frozenset())
     cases["PrincipalField"] = Case(lambda: principal_velocity().velocity, nothing, frozenset({"velocity_scores"}), plates=True)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,7 @@ from probmed.workflows.shapes import (
     TrainedShapes,
     at_codes,
     code_bound,
+    fit_background,
     fit_reader,
     fit_scan,
     fit_shapes,
@@ -418,6 +420,68 @@ def test_reader_learns_from_scans_without_labels_and_leaves_the_prior(trained: T
     assert all(p.requires_grad for p in other.shapes.parameters())
 
 
+def test_parts_of_a_label_share_what_it_had() -> None:
+    plain, code = tiny_shapes(), torch.tensor([[0.7], [-1.2]])
+    parts = torch.randn(3, *TINY.shape).log_softmax(0)
+    parted = ShapeVAE(NAMES, TINY, plain.decoder, 1, plain.location, floor=1e-4, parts=parts)
+    assert parted.names == ("background 1", "background 2", "background 3", "organ")
+    p, whole = parted.decode(code).exp(), plain.decode(code).exp()
+    torch.testing.assert_close(parted.whole(p), whole)
+    torch.testing.assert_close(p[:, :3], whole[:, :1] * parts.exp())
+    assert torch.equal(plain.whole(whole), whole)
+    with pytest.raises(ValueError, match="expected parts of shape"):
+        ShapeVAE(NAMES, TINY, plain.decoder, 1, parts=parts[:, :1])
+
+
+def in_tissues(labels: Tensor, contrast: float, seed: int) -> Tensor:
+    """A scan of an organ that looks like what it lies on: a band of tissue across the field of view, bright, between darker ones."""
+    x = GRID.coordinates()[..., 1]
+    tissue = (x > -16).long() + (x > 7).long()
+    values = torch.where(labels == 1, 1.0, torch.tensor([0.0, 0.5, 1.0])[tissue])
+    noise = torch.randn(labels.shape, generator=torch.Generator().manual_seed(seed))
+    return (1 + contrast * (values - 0.5) + 0.08 * noise)[None]
+
+
+def test_tissues_of_the_background_are_found_in_scans_without_labels(tmp_path: Path) -> None:
+    """Clusters are those of the tissues here; an organ's own voxels, which are one of them, are none of the background's."""
+    trained, maps = brief(), ellipses(20, 3)
+    steps: list[float] = []
+    images = [in_tissues(labels, 0.8, seed) for seed, labels in enumerate(maps)]
+    found = fit_background(trained, images, [GRID] * len(images), tell=steps.append).exp()
+    assert steps[-1] == 1 and len(steps) == 40
+    torch.testing.assert_close(found.sum(0), torch.ones(GRID.shape))
+    x, seen = GRID.coordinates()[..., 1], (maps == 0).float().mean(0) > 0.5
+    for part, there in enumerate((x < -16, (x > -16) & (x < 7), x > 7)):
+        assert float(found[part][there & seen].mean()) > 0.9
+    trained.save(tmp_path)
+    again = TrainedShapes.load(tmp_path)
+    assert again.parts is not None and torch.equal(again.parts, found.log())
+    assert again.seen().names == ("background 1", "background 2", "background 3", "organ")
+    described = json.loads((tmp_path / "shapes.json").read_text())
+    del described["parts"]
+    (tmp_path / "shapes.json").write_text(json.dumps(described))
+    with pytest.raises(UnusableInput, match="weights of another network"):
+        TrainedShapes.load(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contrast", [0.8, -0.8])
+def test_an_organ_beside_a_tissue_of_its_own_intensity_does_not_grow_into_it(trained: TrainedShapes, contrast: float) -> None:
+    """Where scans without labels, of another contrast or not, have told where that tissue lies."""
+    images = [in_tissues(labels, 0.8, seed) for seed, labels in enumerate(ellipses(20, 3))]
+    told = replace(trained)
+    fit_background(told, images, [GRID] * len(images))
+    excess, scores = [], []
+    for seed, labels in enumerate(ellipses(5, 7)):
+        volume = Volume.from_grid(in_tissues(labels, contrast, 50 + seed)[0], GRID)
+        found = [segment_with_shapes(shapes, volume, steps=30).probabilities for shapes in (trained, told)]
+        excess.append([abs(float(p[1].sum() / labels.sum()) - 1) for p in found])
+        scores.append([dice(p.argmax(0) == 1, labels == 1) for p in found])
+    without, with_tissues = torch.tensor(scores).mean(0).tolist()
+    assert with_tissues > without + 0.01 and with_tissues > 0.95
+    assert torch.tensor(excess).mean(0)[1] < 0.5 * torch.tensor(excess).mean(0)[0]
+
+
 def brief() -> TrainedShapes:
     """Two steps of training."""
     return fit_shapes(ellipses(20, 0), GRID, (0, 7), NAMES, ShapeSettings(2, 4, warm_up=2), TrainingSettings(2, every=1))[0]
@@ -563,6 +627,9 @@ def test_saved_shapes_are_the_same(tmp_path: Path) -> None:
     assert again.codes == (0, 7)
     assert again.grid == first.grid
     described = json.loads((tmp_path / "shapes.json").read_text())
+    before = {name: value for name, value in described.items() if name not in ("parts", "format")}
+    (tmp_path / "shapes.json").write_text(json.dumps(before))
+    assert TrainedShapes.load(tmp_path).parts is None
     (tmp_path / "shapes.json").write_text(json.dumps(described | {"system": "segmentation"}))
     with pytest.raises(UnusableInput, match="is of a network for segmentation, not shapes"):
         TrainedShapes.load(tmp_path)

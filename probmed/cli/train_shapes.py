@@ -98,6 +98,7 @@ def shapes(
                 tell=lambda row, share: tell(f"step {row['step']:.0f}, {row['loss']:.1f} nats", 0.9 * share),
             )
             if read is not None:
+                workflow.fit_background(trained, *read, tell=lambda share: tell("tissues of the background", 0.9))
                 (out / "reader").mkdir(exist_ok=True)
                 workflow.fit_reader(
                     trained,

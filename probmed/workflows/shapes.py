@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
 from pyro.distributions import Normal
 from pyro.infer import TraceMeanField_ELBO
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional
 
 from probmed.appearances import BiasField, GaussianMixture
 from probmed.atlases import LabelAtlas
 from probmed.distributions import LabelMixture
-from probmed.grids import Grid
+from probmed.grids import Grid, sample
 from probmed.inference.em import em
 from probmed.inference.parameters import local_parameters, seeded
 from probmed.inference.training import Row, TrainingSettings, train
@@ -44,6 +47,9 @@ _SYSTEM = "shapes"
 _TOGETHER = 4  # codes whose labels are found at once; one takes as long
 _TRIED = 5  # part of the steps that both starts take
 _UNSEEN = 0.5  # label maps that have each label at each voxel, beside those of the table
+_PARTS = 3  # of the background, where scans tell of it
+TEMPERING = 0.2
+"""Of a scan's voxels, whose noise is shared, and whose labels are not all that they depend on; chosen on three scans of a hippocampus."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,8 @@ class TrainedShapes:
     Arguments:
         codes: label k of the prior in label maps. shapes: the prior. guide: q(z | S).
         reader: of q(z | I); until it is trained on images, the weights of q(z | S).
+        parts: log shares of the tissues of the background at each voxel, ``(P, *grid.shape)``, as ``fit_background`` finds them in scans; None where
+            no scan was seen, and the background looks alike everywhere.
     """
 
     settings: ShapeSettings
@@ -134,6 +142,7 @@ class TrainedShapes:
     shapes: ShapeVAE
     guide: ShapeGuide
     reader: ShapeGuide
+    parts: Tensor | None = None
 
     @property
     def grid(self) -> Grid:
@@ -171,11 +180,20 @@ class TrainedShapes:
         """p(I | S) p(S | z) p(z), with the appearance and the bias field found anew for each scan.
 
         Arguments:
-            appearance: the usual one of labels of these names by default. bias: ``usual_bias`` by default; None for none.
+            appearance: of the labels of ``seen``; the usual one of labels of these names by default. bias: ``usual_bias`` by default; None for none.
             grid: over whose field of view the usual bias field runs; by default that of each scan.
         """
         field = usual_bias(channels, grid) if isinstance(bias, str) else bias
-        return Segmentation(self.shapes, appearance or GaussianMixture.for_labels(self.shapes.names, channels), field, tempering)
+        seen = self.seen()
+        return Segmentation(seen, appearance or GaussianMixture.for_labels(seen.names, channels), field, tempering)
+
+    def seen(self) -> ShapeVAE:
+        """The shapes as they are in scans: the same network, with the parts of the background."""
+        plain = self.shapes
+        if self.parts is None:
+            return plain
+        names, location = plain.names, plain.location
+        return ShapeVAE(names, plain.grid, plain.decoder, plain.codes, location, plain.deformation, plain.floor, self.parts)
 
     def atlas(self) -> FixedAtlas:
         """The mean atlas alone: the prior without codes, to compare with."""
@@ -190,7 +208,7 @@ class TrainedShapes:
     def save(self, folder: Path) -> None:
         """``shapes.safetensors`` and ``shapes.json``."""
         described = {**asdict(self.settings), "shape": self.grid.shape, "spacing_mm": self.grid.spacing}
-        described |= {"label_codes": self.codes, "names": self.shapes.names}
+        described |= {"label_codes": self.codes, "names": self.shapes.names, "parts": 0 if self.parts is None else len(self.parts)}
         write_network(folder, self._modules(), _SYSTEM, described, _SYSTEM)
 
     @classmethod
@@ -204,11 +222,22 @@ class TrainedShapes:
             grid = Grid.from_spacing(described["shape"], described["spacing_mm"])
             codes = described["label_codes"]
             trained = cls.build(grid, settings, codes, described["names"], torch.zeros(len(codes), *grid.shape))
+            if described.get("parts"):  # shapes of before there were parts have none
+                trained.parts = torch.zeros(described["parts"], *grid.shape)
         read_weights(folder, trained._modules(), _SYSTEM)
         return trained
 
     def _modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"shapes": self.shapes, "guide": self.guide, "reader": self.reader})
+        modules: dict[str, nn.Module] = {"shapes": self.shapes, "guide": self.guide, "reader": self.reader}
+        return nn.ModuleDict(modules if self.parts is None else {**modules, "background": _Background(self.parts)})
+
+
+class _Background(nn.Module):
+    """What is kept of it with the networks, in a folder."""
+
+    def __init__(self, parts: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("parts", parts)
 
 
 class _WarmUp(nn.Module):
@@ -301,6 +330,64 @@ def read_unlabelled(table: pd.DataFrame, source: Path, ndim: int) -> tuple[list[
             remedy = "give scans of one dimension with the label maps"
             raise UnusableInput(volume.name, f"has {volume.grid.ndim} axes, and the shapes have {ndim}", remedy)
     return [scaled(volume.data)[None].to(torch.get_default_dtype()) for volume in volumes], [in_own_world(volume.grid) for volume in volumes]
+
+
+@torch.no_grad()
+def fit_background(
+    trained: TrainedShapes,
+    images: Sequence[Tensor],
+    grids: Sequence[Grid],
+    *,
+    rounds: int = 2,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Tensor:
+    """Learn from scans without labels where which tissue of the background lies; the shapes stay as they are.
+
+    .. math:: p(S_x = (0, t)) = p(S_x = 0 \\mid z) \\; \\rho_{tx}
+
+    Without it all of the background looks alike everywhere, and labels grow into a neighbour of their own intensity. The shares ρ are EM's, the shape
+    being the mean one: means over scans of what each voxel is given to a part, relative to all parts. Parts start as clusters of each scan's
+    intensities, in their order, so scans have to be of one contrast; the scans that are segmented then need not be.
+
+    Arguments:
+        images: ``(C, *shape)`` each, the first channel of which the parts start from; and the grid of each in the prior's world. rounds: of EM.
+        tell: called with the share of the work done.
+
+    Returns:
+        log ρ, ``(P, *grid.shape)``, which ``trained`` has from now on.
+    """
+    points = trained.grid.coordinates(trained.log_atlas.dtype, trained.log_atlas.device)
+    given = [_clusters(image[0]) for image in images]
+    for number in range(rounds):
+        trained.parts = _shares(given, grids, points).log()
+        for n, (image, grid) in enumerate(zip(images, grids, strict=True)):
+            model = trained.model(channels=len(image), grid=grid)
+            state = ImageShapeGuide(model, trained.reader).start(image, grid)
+            given[n] = model.label_posterior(state, image, grid)[:_PARTS]
+            tell((number + (n + 1) / len(images)) / rounds)
+    trained.parts = _shares(given, grids, points).log()
+    return trained.parts
+
+
+def _clusters(image: Tensor) -> Tensor:
+    """Of an image's intensities, the darkest first: zeros and a one at each voxel, NaN where the image is, ``(P, *shape)``."""
+    known = ~image.isnan()
+    values = image[known].cpu().double().numpy()
+    middles = np.linspace(np.quantile(values, 0.02), np.quantile(values, 0.98), _PARTS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")  # it stays where it is
+        _, own = kmeans2(values[:, None], middles[:, None], minit="matrix", iter=20)
+    found = image.new_full((_PARTS, *image.shape), math.nan)
+    found[:, known] = functional.one_hot(torch.from_numpy(own).long(), _PARTS).mT.to(found)
+    return found
+
+
+def _shares(given: Sequence[Tensor], grids: Sequence[Grid], points: Tensor) -> Tensor:
+    """Of each part in all that is given to them at each point, over scans that reach it; where none does, alike."""
+    total = points.new_full((_PARTS, *points.shape[:-1]), _UNSEEN / _PARTS)
+    for probabilities, grid in zip(given, grids, strict=True):
+        total += sample(probabilities, grid, points, fill=math.nan).nan_to_num(0.0)
+    return total / total.sum(0)
 
 
 def fit_reader(
@@ -497,16 +584,19 @@ def segment_with_shapes(
 ) -> SegmentedScan:
     """Labels of a scan from a shape prior, whatever the scan's contrast.
 
+    Arguments:
+        model: the usual one by default, whose voxels count ``TEMPERING`` times.
+
     Raises:
         UnusableInput: for a scan of another dimension.
     """
     if volume.grid.ndim != trained.grid.ndim:
         raise UnusableInput(volume.name, f"has {volume.grid.ndim} axes, and the shapes have {trained.grid.ndim}", "give other shapes or scans")
     grid = in_own_world(volume.grid)
-    model = model or trained.model(grid=grid)
+    model = model or trained.model(tempering=TEMPERING, grid=grid)
     image = scaled(volume.data)[None].to(trained.log_atlas)
     fit = fit_scan(trained, image, grid, model=model, steps=steps, seed=seed)
-    drawn = label_draws(model, fit, image, grid, draws, seed)
+    drawn = trained.seen().whole(label_draws(model, fit, image, grid, draws, seed))
     probabilities = drawn.mean(0)
     return SegmentedScan(probabilities, drawn, torch.tensor(trained.codes)[probabilities.argmax(0)], fit)
 
