@@ -32,7 +32,10 @@ def shapes(
     every: Annotated[int, typer.Option(min=1, help="Steps between rows of the log and checkpoints.")] = 100,
     scans: Annotated[
         Path | None,
-        typer.Option(help="Table with a column scan: scans without labels, from which q(z | I) learns where `segment` begins.", show_default=False),
+        typer.Option(
+            help="Table with a column scan: scans of one contrast without labels, which tell where the tissues of the background lie.",
+            show_default=False,
+        ),
     ] = None,
     reader_steps: Annotated[int, typer.Option(min=1, help="Of the optimiser, on the scans of --scans.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -42,6 +45,8 @@ def shapes(
 ) -> None:
     """Train a prior of shapes on label maps; no scan is seen, unless --scans has some, whose labels nobody needs to know.
 
+    From those it learns where the tissues of the background lie, without which labels grow into neighbours of their
+    own intensity, and to guess a scan's shape, from which `segment` begins.
     `probmed segment --model` then finds shape and appearance of each scan anew, whatever its contrast. Into the
     folder go checkpoint.safetensors, log.csv, shapes.safetensors, shapes.json, shapes.png (shapes that are drawn,
     label maps rebuilt, and what each code changes) and summary.json (codes in use; with --fold log p(S) of the
