@@ -42,7 +42,7 @@ from probmed.volumes import Volume, read_scan, scaled
 from probmed.workflows.supervision import SegmenterSettings
 
 SCANS = 27  # test scans, the first half
-FEW = {SHAPES: 6}  # where a scan takes a minute
+FEW = {SHAPES: 12}  # where a scan takes half a minute
 SLICES = 4  # of which one is lost
 WHITE = 0.95  # share of a crop's voxels that are darker than white matter
 MEMBERS = 3  # of the ensemble
@@ -116,7 +116,7 @@ DRAWN: Mapping[str, Method] = {
 
 ONE_LABEL = (CARRIED_LABELS, LEARNED, "one label, random contrasts", "U-Net, 1 label")
 MEASURED = (REGISTRATION, *ONE_LABEL, "U-Net, 10 labels", "all labels, random contrasts", FULL, *DRAWN, ENSEMBLE)
-"""Not every number of labels, nor every way to learn transforms; shapes, of which a scan takes a minute, are in `contrast`."""
+"""Not every number of labels, nor every way to learn transforms; shapes, of which a scan takes half a minute, are in `contrast`."""
 
 
 def shifted(path: Path, shift: str, seed: int = 0) -> Volume:
