@@ -453,6 +453,8 @@ def test_tissues_of_the_background_are_found_in_scans_without_labels(tmp_path: P
     x, seen = GRID.coordinates()[..., 1], (maps == 0).float().mean(0) > 0.5
     for part, there in enumerate((x < -16, (x > -16) & (x < 7), x > 7)):
         assert float(found[part][there & seen].mean()) > 0.9
+    with pytest.raises(ValueError, match="expected scans with a grid each"):
+        fit_background(trained, [], [])
     trained.save(tmp_path)
     again = TrainedShapes.load(tmp_path)
     assert again.parts is not None and torch.equal(again.parts, found.log())

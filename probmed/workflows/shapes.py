@@ -355,7 +355,11 @@ def fit_background(
 
     Returns:
         log ρ, ``(P, *grid.shape)``, which ``trained`` has from now on.
+
+    Raises:
+        ValueError: for no scans, or another number of grids.
     """
+    _check_scans(images, grids)
     points = trained.grid.coordinates(trained.log_atlas.dtype, trained.log_atlas.device)
     given = [_clusters(image[0]) for image in images]
     for number in range(rounds):
@@ -367,6 +371,11 @@ def fit_background(
             tell((number + (n + 1) / len(images)) / rounds)
     trained.parts = _shares(given, grids, points).log()
     return trained.parts
+
+
+def _check_scans(images: Sequence[Tensor], grids: Sequence[Grid]) -> None:
+    if not images or len(images) != len(grids):
+        raise ValueError(f"expected scans with a grid each, got {len(images)} and {len(grids)}")
 
 
 def _clusters(image: Tensor) -> Tensor:
@@ -416,8 +425,7 @@ def fit_reader(
     Raises:
         ValueError: for no scans, or another number of grids.
     """
-    if not images or len(images) != len(grids):
-        raise ValueError(f"expected scans with a grid each, got {len(images)} and {len(grids)}")
+    _check_scans(images, grids)
     model = model or trained.model(channels=len(images[0]))
     guide = ImageShapeGuide(model, trained.reader)
     held = [p for p in model.parameters() if p.requires_grad]
