@@ -30,7 +30,7 @@ from benchmarks.tissue import data_folder
 from probmed.grids import Grid, sample
 from probmed.inference.training import TrainingSettings
 from probmed.metrics import boundary_band, brier_score, calibration_error, dice, negative_log_likelihood, paired_bootstrap, surface_distances
-from probmed.report.palette import ACCENT, distinct
+from probmed.report.palette import ACCENT
 from probmed.report.panels import bare_axes, blank_figure
 from probmed.volumes import Volume, read_labels, read_scan
 from probmed.workflows.amortisation import Cohort, read_cohort
@@ -402,13 +402,13 @@ def notes(rows: Sequence[Row]) -> str:
 
 
 def figure(rows: Sequence[Row], everything: int) -> Figure:
-    """Dice of the U-Net against the number of labelled scans, and of the methods of one label, with 95 % bootstrap bands over test scans.
+    """Dice of the U-Net against the number of labelled scans, and beside it those of the other methods, with 95 % bootstrap bands over test scans.
 
     Arguments:
         everything: number of scans where all are labelled.
     """
-    drawn = blank_figure(8.4, 4.2)
-    axis = drawn.add_axes((0.08, 0.13, 0.5, 0.82))
+    drawn = blank_figure(9.0, 4.0)
+    axis, beside_it = drawn.add_axes((0.07, 0.14, 0.36, 0.8)), drawn.add_axes((0.74, 0.14, 0.24, 0.8))
     of = {name: torch.tensor([row["dice"] for row in rows if row["method"] == name]) for name in dict.fromkeys(row["method"] for row in rows)}
     bands = {name: band(values) for name, values in of.items()}
     counts = {name: int(found.group(1)) for name in of if (found := re.match(r"U-Net, (\d+) label", name))}
@@ -417,17 +417,19 @@ def figure(rows: Sequence[Row], everything: int) -> Figure:
     x = [counts[name] for name in order]
     if order:
         axis.fill_between(x, [bands[n][0] for n in order], [bands[n][2] for n in order], color=ACCENT, alpha=0.2, lw=0)
-        axis.plot(x, [bands[n][1] for n in order], "o-", color=ACCENT, label="U-Net, with augmentation")
-    others = [name for name in of if name not in counts]
-    for name, colour in zip(others, distinct(len(others)), strict=True):
-        low, middle, high = bands[name]
-        axis.axhspan(low, high, color=colour, alpha=0.12, lw=0)
-        axis.axhline(middle, color=colour, lw=1.3, label=name)
+        axis.plot(x, [bands[n][1] for n in order], "o-", color=ACCENT)
     axis.set_xscale("log")
     axis.set_xticks(x, [str(count) for count in x])
     axis.minorticks_off()
-    axis.set_xlabel("labelled training scans")
+    axis.set_xlabel("labelled training scans of a U-Net")
     axis.set_ylabel("Dice on test scans")
-    axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=7.5)
-    bare_axes(axis)
+    others = sorted((name for name in of if name not in counts), key=lambda name: bands[name][1])
+    for place, name in enumerate(others):
+        low, middle, high = bands[name]
+        beside_it.plot([low, high], [place, place], color=ACCENT, lw=4, alpha=0.25, solid_capstyle="butt")
+        beside_it.plot(middle, place, "o", color=ACCENT)
+    beside_it.set_yticks(range(len(others)), others, fontsize=7.5)
+    beside_it.set_xlabel("Dice on test scans")
+    for each in (axis, beside_it):
+        bare_axes(each)
     return drawn
