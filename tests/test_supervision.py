@@ -157,8 +157,9 @@ def test_two_scans_can_be_learned_by_heart(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"voxelwise"}))
 def test_two_scans_in_3d_can_be_learned_by_heart(name: str) -> None:
+    """But for the voxel-wise network, which has no normalisation and takes hundreds of steps (2D is above)."""
     grid = Grid.from_spacing((16, 14, 12), 2.5)
     data = cohort(2, 3, grid)
     trained = TrainedSegmenter.build(grid, SegmenterSettings(name), data.codes)
