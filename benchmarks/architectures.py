@@ -1,5 +1,5 @@
 """Segmentation networks side by side, each trained for as many steps on parts of the same examples: how good they are, and what they cost. The
-probabilistic U-Net sees whole scans, for as many steps as take as long.
+probabilistic U-Net and DeepMedic see whole scans, for half as many steps, which are about as many voxels.
 
 Data, in the folder ``PROBMED_DATA``: `msd_hippocampus` with the split of `few_labels` and all labels, and `oasis_trt_slices`, 2D, all structures,
 trained on eight slices and tested on every third. Costs are measured in a process each, on random images of the same size:
@@ -53,6 +53,10 @@ NETWORKS: Mapping[str, SegmenterSettings] = {
 }
 TRAINED = {"U-Net": FULL, "probabilistic U-Net": PROBABILISTIC}
 """Networks of `few_labels` and `uncertainty`, which are trained once where the tables' networks are kept in one place."""
+WHOLE = ("probabilistic U-Net", "DeepMedic")
+"""Those that see whole scans."""
+ON_CROPS = tuple(name for name in NETWORKS if name != "voxel-wise")
+"""Those that are trained there; of the voxel-wise network the costs alone are measured."""
 SLICED = ("U-Net", "FCN of ten layers")
 PLAIN = "U-Net in a plain loop, loss of MONAI"
 PATCHWISE = "voxel-wise, patch after patch"
@@ -66,7 +70,7 @@ def table(log: Log, limit: int | None, only: Sequence[str], threads: int, seed: 
     with tempfile.TemporaryDirectory() as temporary:
         data = Data.of(log, Path(temporary), limit, seed)
         if data.test:
-            rows += [row for name in _wanted(NETWORKS, only) for row in _crops(log, data, name, seed)]
+            rows += [row for name in _wanted(ON_CROPS, only) for row in _crops(log, data, name, seed)]
             rows += [row for name in _wanted(SLICED, only) for row in _sliced(log, data.kept, name, limit, seed)]
             for collection, names in ((CROPS, (*NETWORKS, PLAIN, PATCHWISE)), (SLICES, SLICED)):
                 cohort, grid = data.cohort if collection == CROPS else _training_slices()
@@ -106,7 +110,7 @@ def settings_of(collection: str, name: str) -> SegmenterSettings:
 
 def patch_of(collection: str, name: str) -> tuple[int, ...] | None:
     """What a step sees; None for whole scans."""
-    if name in NETWORKS and NETWORKS[name].network == "probabilistic-unet":
+    if name in WHOLE:
         return None
     return PATCH if collection == CROPS else SLICE_PATCH
 
