@@ -39,7 +39,7 @@ from probmed.workflows.amortisation import Cohort, read_cohort
 from probmed.workflows.supervision import SegmenterSettings, TrainedSegmenter, train_segmenter
 from probmed.workflows.training_sets import Augmentation, labelled
 
-SLICE_STEPS, SLICE_PATCH = 1200, (96, 96)
+SLICE_STEPS, SLICE_PATCH = 3000, (96, 96)
 LEFT_OUT = 3  # every third slice is for the test
 TIMED = 8  # steps, after two that warm up; their median counts
 PATCHES = 512
