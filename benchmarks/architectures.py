@@ -41,7 +41,7 @@ from probmed.workflows.training_sets import Augmentation, labelled
 
 SLICE_STEPS, SLICE_PATCH = 3000, (96, 96)
 LEFT_OUT = 3  # every third slice is for the test
-TIMED = 8  # steps, after two that warm up; their median counts
+TIMED = 24  # steps, after two that warm up; their median counts
 PATCHES = 512
 NETWORKS: Mapping[str, SegmenterSettings] = {
     "U-Net": SegmenterSettings("unet", mixed_precision=True),
@@ -158,7 +158,8 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
             line["seconds a scan"] = f"{statistics.median(row['seconds'] for row in own):.2f}" if own else _told(cost, "scan_seconds", "{:.0f}")
             line["parameters"] = _told(cost, "parameters", "{:,}")
             line["seconds a step"] = _told(cost, "seconds", "{:.2f}")
-            line["seconds an epoch"] = f"{cost['seconds'] * cost['scans'] / BATCH:.0f}" if "seconds" in cost else "–"
+            epoch = cost["seconds"] * cost["scans"] / BATCH if "seconds" in cost else None
+            line["seconds an epoch"] = "–" if epoch is None else f"{epoch:.{int(epoch < 10)}f}"
             line["peak GiB"] = _told(cost, "peak_gib", "{:.2f}")
             lines.append(line)
     return lines
