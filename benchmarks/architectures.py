@@ -99,13 +99,18 @@ def _crops(log: Log, data: Data, name: str, seed: int) -> list[Row]:
 
 def trained_on_crops(data: Data, name: str, seed: int) -> TrainedSegmenter:
     """On all labelled scans."""
-    steps = STEPS if patch_of(CROPS, name) else WHOLE_STEPS
-    method = Method(lambda data: data.supervised(None), settings_of(CROPS, name), steps, calibrated=True)
+    method = Method(lambda data: data.supervised(None), settings_of(CROPS, name), steps_of(CROPS, name), calibrated=True)
     return network(data, TRAINED.get(name, f"{CROPS}, {name}"), method, seed)
 
 
 def settings_of(collection: str, name: str) -> SegmenterSettings:
     return replace(NETWORKS[name], patch=patch_of(collection, name))
+
+
+def steps_of(collection: str, name: str) -> int:
+    if collection == SLICES:
+        return SLICE_STEPS
+    return WHOLE_STEPS if name in WHOLE else STEPS
 
 
 def patch_of(collection: str, name: str) -> tuple[int, ...] | None:
@@ -150,7 +155,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, str]]:
     for collection in (CROPS, SLICES):
         for name in dict.fromkeys(row["method"] for row in rows if row["collection"] == collection):
             own, cost = _of(rows, "scan", collection, name), next(iter(_of(rows, "cost", collection, name)), {})
-            steps = SLICE_STEPS if collection == SLICES else STEPS if patch_of(CROPS, name) else WHOLE_STEPS
+            steps = steps_of(collection, name)
             line = {"set": collection, "network": name, "steps": str(steps) if own else "–", "Dice": mean_sd([row["dice"] for row in own])}
             line["HD95, mm"] = mean_sd([row["hd95"] for row in own if "hd95" in row], 2)
             line["nats a voxel"] = mean_sd([row["nll"] for row in own if "nll" in row], 4)

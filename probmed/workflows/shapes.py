@@ -604,7 +604,7 @@ def segment_with_shapes(
     model = model or trained.model(tempering=TEMPERING, grid=grid)
     image = scaled(volume.data)[None].to(trained.log_atlas)
     fit = fit_scan(trained, image, grid, model=model, steps=steps, seed=seed)
-    drawn = trained.seen().whole(label_draws(model, fit, image, grid, draws, seed))
+    drawn = model.labels.whole(label_draws(model, fit, image, grid, draws, seed))
     probabilities = drawn.mean(0)
     return SegmentedScan(probabilities, drawn, torch.tensor(trained.codes)[probabilities.argmax(0)], fit)
 
